@@ -36,7 +36,7 @@ from clip_exp.data.image_sets import ImageSet
 from clip_exp.data.images import Preprocessing, eval_transform, to_pil, to_rgb, train_transform
 from clip_exp.data.pairs import Items, int64_hash
 from clip_exp.data.randomness import Draws, hash64
-from clip_exp.data.reading import ReadLimit, Slots, WatchedBatches, reading
+from clip_exp.data.reading import DEFAULT_LIMIT, ReadLimit, Slots, WatchedBatches, reading
 from clip_exp.data.stream import Stream
 from clip_exp.data.transform import CustomTransform
 from clip_exp.devices import usable_cores
@@ -313,7 +313,6 @@ def _int64(values: Iterable[int]) -> Tensor:
 T_co = TypeVar("T_co", covariant=True)
 MAX_WORKERS_ON_CPU = 8  # chosen automatically, if training computes on the CPU
 SHARED_MEMORY = "/dev/shm"
-DEFAULT_LIMIT = ReadLimit()
 _LOADER = inspect.getfile(DataLoader)
 # torch's messages: "unable to allocate shared memory(shm) for file </torch_1_2_3>: No space left on device (28)",
 # "unable to write to file </torch_…>", and for a worker killed by SIGBUS: "It is possible that dataloader's workers are
@@ -351,6 +350,8 @@ class WorkerLoader(DataLoader[T_co]):
         try:
             if not self.num_workers:
                 return super().__iter__()
+            if not self.persistent_workers:
+                self.slots = Slots.create(self.num_workers)
             # The kernel ends a child with the thread that started it.
             in_main_thread = threading.current_thread() is threading.main_thread()
             self.worker_init_fn = partial(init_worker, slots=self.slots, die_with_parent=in_main_thread)

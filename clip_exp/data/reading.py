@@ -5,11 +5,13 @@ training process, if it reads rows itself, writes it to its heartbeat (`ranks.he
 """
 
 import ctypes
-import multiprocessing
 import os
 import signal
 import threading
+import time
+import weakref
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.sharedctypes import RawArray
 from typing import Any, Generic, NamedTuple, TypeVar
@@ -21,7 +23,8 @@ from clip_exp.ranks.watch import STOPPED, state_of
 T = TypeVar("T")
 TICK_S = 2.0  # longest time between two looks at a worker that is waited for
 TIMED_OUT = "DataLoader timed out"  # start of torch's message
-END_S = 1.0  # time for a killed worker to end
+CHECK = {True: "this row and the storage that it is on", False: "the code that makes its batches"}
+NOT_STARTED = 0  # process of a worker that has not started yet
 SLOT, TEXT_AT = 512, 24  # bytes of a slot, and where its text begins
 COUNT, PID, LENGTH = range(3)  # words of a slot
 
@@ -103,71 +106,95 @@ class ReadLimit(NamedTuple):
         return 0.0 if self.seconds is None else min(TICK_S, self.seconds / 4)
 
 
+DEFAULT_LIMIT = ReadLimit()
+
+
 class WatchedBatches(Generic[T]):
     """Iterator over the batches of workers that does not wait forever for a worker that makes no progress.
 
-    The wait is counted in ticks, so that a machine that was suspended, or a process that was stopped, has waited for one tick.
+    A thread counts how long the awaited worker makes none, in ticks: a machine that was suspended, or a process that was stopped, has
+    waited for one tick. It must be a thread, since torch may wait inside a batch: for the worker that sends it, if that was stopped.
 
     Args:
-        batches: torch's iterator, which gives up after each tick and can be asked again.
+        batches: torch's iterator, whose timeout is a tick.
         slots: slots of its workers, which work on the batches in turn.
         limit: the limit.
-        rank: phrase that names this rank, for the message; empty for a single process.
+        rank: function that returns a phrase that names this rank, for the message; empty for a single process.
     """
 
     def __init__(self, batches: Iterator[T], slots: Slots, limit: ReadLimit, rank: Callable[[], str]) -> None:
         self.batches, self.slots, self.limit, self.rank = batches, slots, limit, rank
         self._received = 0
+        self._waiting = False
+        self._seen = (-1, -1)  # batch and reports of its worker at the last tick
+        self._stalled_s = 0.0
+        self._error: DataError | None = None
+        if limit.seconds is not None:
+            threading.Thread(target=_watch, args=(weakref.ref(self), limit.tick_s), daemon=True).start()
 
     def __iter__(self) -> "WatchedBatches[T]":
         return self
 
     def __next__(self) -> T:
-        worker = self._received % self.slots.workers
-        count, stalled_s = self.slots[worker].count, 0.0
-        while True:
-            try:
-                batch = next(self.batches)
-            except RuntimeError as error:
-                if not str(error).startswith(TIMED_OUT):
-                    raise
-            else:
-                break
-            # This process is well: it is the worker that may not be.
-            heartbeat.beat()
-            before, count = count, self.slots[worker].count
-            stalled_s = stalled_s + self.limit.tick_s if count == before else 0.0
-            if self.limit.seconds is not None and stalled_s >= self.limit.seconds:
-                raise self._give_up(worker, stalled_s)
+        self._waiting = True
+        try:
+            batch = self._next()
+        except (RuntimeError, OSError, EOFError) as error:  # what torch raises depends on what it was doing
+            if self._error is None:
+                raise
+            raise self._error from error
+        finally:
+            self._waiting = False
         self._received += 1
         heartbeat.beat()
         return batch
 
-    def _give_up(self, awaited: int, stalled_s: float) -> DataError:
-        """Kill the worker that makes no progress, which could not end by itself, and return the error."""
+    def _next(self) -> T:
+        while True:
+            try:
+                return next(self.batches)
+            except RuntimeError as error:
+                if self._error is not None or not str(error).startswith(TIMED_OUT):
+                    raise
+
+    def tick(self) -> None:
+        """Count a tick if this process waits for a batch; kill the worker if it has made no progress for too long."""
+        if not self._waiting or self._error is not None:
+            return
+        # The training thread is well while it waits: it is the worker that may not be.
+        heartbeat.beat()
+        awaited = self._received % self.slots.workers
+        before, self._seen = self._seen, (self._received, self.slots[awaited].count)
+        self._stalled_s = self._stalled_s + self.limit.tick_s if self._seen == before else 0.0
+        if self.limit.seconds is not None and self._stalled_s >= self.limit.seconds:
+            self._give_up(awaited)
+
+    def _give_up(self, awaited: int) -> None:
+        """Kill the worker that makes no progress, and any that was stopped: they could not end by themselves."""
         stopped = [worker for worker in range(self.slots.workers) if state_of(self.slots[worker].pid) == STOPPED]
         # Another worker that was stopped may hold the lock of the queue.
         worker = awaited if awaited in stopped or not stopped else stopped[0]
         slot = self.slots[worker]
-        state = ", which was stopped by a signal (state T)," if worker in stopped else ""
         doing = f"reading {slot.row}" if slot.row else "reading no row"
-        raised = f" If it was only slow, raise {self.limit.key}, or set it to null for no limit." if self.limit.key else ""
-        pids = {self.slots[each].pid for each in {awaited, *stopped}}
-        message = (
-            f"data loader worker {worker} of {self.slots.workers} (process {slot.pid}){self.rank()}{state} has made no progress for "
-            f"{stalled_s:.0f} s, {doing}. Check the row and the storage that it is on, and repeat the same command to resume.{raised}"
+        cause = "It was stopped by a signal (state T)." if worker in stopped else f"Check {CHECK[bool(slot.row)]}."
+        raised = (
+            f" If it was only slow, raise {self.limit.key}, or set it to null for no limit." if self.limit.key else ""
         )
-        _kill(pids)
-        return DataError(message)
+        self._error = DataError(
+            f"data loader worker {worker} of {self.slots.workers} (process {slot.pid}){self.rank()} has made no progress for "
+            f"{self._stalled_s:.0f} s, {doing}. {cause} Repeat the same command to resume.{raised}"
+        )
+        for pid in {self.slots[each].pid for each in (awaited, *stopped)} - {NOT_STARTED}:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
 
 
-def _kill(pids: set[int]) -> None:
-    """Kill workers without the error that torch raises when a worker is killed."""
-    main = threading.current_thread() is threading.main_thread()
-    handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL) if main else None
-    for process in multiprocessing.active_children():
-        if process.pid in pids:
-            process.kill()
-            process.join(END_S)
-    if main:
-        signal.signal(signal.SIGCHLD, handler)
+def _watch(reference: "weakref.ref[WatchedBatches[Any]]", tick_s: float) -> None:
+    """Tick until the iterator is deleted; run in a thread."""
+    while True:
+        time.sleep(tick_s)
+        batches = reference()
+        if batches is None:
+            return
+        batches.tick()
+        del batches

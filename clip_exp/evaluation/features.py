@@ -36,7 +36,7 @@ from clip_exp.data.loader import (
     count_workers,
     report_killed_workers,
 )
-from clip_exp.data.reading import ReadLimit
+from clip_exp.data.reading import DEFAULT_LIMIT, ReadLimit
 from clip_exp.devices import inference, inference_precision, resolve_accelerator
 from clip_exp.errors import DataError, NumericError
 from clip_exp.progress import progress
@@ -63,7 +63,7 @@ class EncodeOptions:
     num_workers: int | None = None
     on_bad_image: EvalOnBadImage = EvalOnBadImage.error
     max_image_pixels: int = 200_000_000
-    read_limit: ReadLimit = ReadLimit()  # longest wait for a worker that makes no progress
+    read_limit: ReadLimit = DEFAULT_LIMIT  # longest wait for a worker that makes no progress
     skip_override: str = "on_bad_image=skip"  # override that leaves unreadable images out, for error messages
 
 

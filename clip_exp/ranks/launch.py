@@ -3,7 +3,6 @@
 Ranks that are started here are watched, and end together, with one message and one exit code.
 """
 
-import itertools
 import os
 import signal
 import subprocess
@@ -97,7 +96,9 @@ def launch_work(work: Work) -> tuple[Path, int]:
             return folder, work.run(folder)
         ended = run_ranks(work.rank, folder, count, devices.environment())
         if ended.status != "finished":
-            work.note(folder, ended.status, **(failure.facts(ended.message, ended.code) if ended.status == "failed" else {}))
+            work.note(
+                folder, ended.status, **(failure.facts(ended.message, ended.code) if ended.status == "failed" else {})
+            )
         if ended.message:
             print(printable(ended.message), file=sys.stderr, flush=True)
         return folder, ended.code
@@ -198,7 +199,8 @@ def _start(command: list[str], ranks: int, added: dict[str, str]) -> Processes:
 def _wait(processes: Processes, folder: Path) -> Failure | None:
     """Wait until all processes have succeeded, or one has failed or reported a failure; return the failure of one that hangs."""
     watch = Watch(folder, len(processes))
-    for look in itertools.count():
+    look = 0
+    while True:
         codes = [process.poll() for process in processes]
         if any(code not in (None, 0) for code in codes) or all(code == 0 for code in codes):
             return None
@@ -207,6 +209,7 @@ def _wait(processes: Processes, folder: Path) -> Failure | None:
             return None
         if look % 5 == 0 and (hang := watch.look()) is not None:
             return hang
+        look += 1
         time.sleep(0.1)
 
 

@@ -17,7 +17,9 @@ from clip_exp.ranks.heartbeat import FILE, SIZE, Layout, Phase, this_host
 from clip_exp.secrets import redact
 
 LOOK_S = 0.5  # time between looks
-SEARCH_S = 2.0  # time between searches for heartbeats of further ranks, which list a folder that may be on a slow file system
+SEARCH_S = (
+    2.0  # time between searches for heartbeats of further ranks, which list a folder that may be on a slow file system
+)
 STOPPED, TRACED, DEAD = "T", "t", ("Z", "X")  # states of a process in /proc
 
 

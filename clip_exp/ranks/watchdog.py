@@ -1,6 +1,6 @@
 """Watchdog process of ranks that clip_exp's launcher does not watch: those of torchrun and srun, and a single process.
 
-    python -m clip_exp.ranks.watchdog <folder> <rank> <ranks> <nodes> <module>:<function>
+    python -m clip_exp.ranks.watchdog <folder> <ranks> <nodes> <module>:<function>
 
 The process that starts it (`guarded`) ends with the exit code that the watchdog writes to its heartbeat. If it cannot, since it is
 stopped or a library holds Python's lock, the watchdog kills it.
@@ -23,7 +23,7 @@ from clip_exp.errors import DistributedError, printable
 from clip_exp.ranks import failure
 from clip_exp.ranks.environment import Placement
 from clip_exp.ranks.failure import STOP_SIGNALS, Failure
-from clip_exp.ranks.heartbeat import Heartbeat
+from clip_exp.ranks.heartbeat import FILE, Heartbeat
 from clip_exp.ranks.watch import LOOK_S, Watch
 
 PACKAGE_PARENT = str(Path(__file__).resolve().parents[2])  # for a checkout that is not installed
@@ -85,8 +85,8 @@ def _guard(
 
 
 def _start(folder: Path, placement: Placement | None, note: Note) -> "subprocess.Popen[bytes]":
-    rank, ranks, nodes = (0, 1, 1) if placement is None else (placement.rank, placement.world_size, placement.nodes)
-    command = [sys.executable, "-m", __name__, str(folder), str(rank), str(ranks), str(nodes)]
+    ranks, nodes = (1, 1) if placement is None else (placement.world_size, placement.nodes)
+    command = [sys.executable, "-m", __name__, str(folder), str(ranks), str(nodes)]
     path = os.pathsep.join(filter(None, [PACKAGE_PARENT, os.environ.get("PYTHONPATH")]))
     return subprocess.Popen(
         [*command, f"{note.__module__}:{note.__qualname__}"],
@@ -114,7 +114,7 @@ def die_with_parent(active: bool = True) -> None:
 
 def main() -> None:
     """Watch the ranks of a folder until this process's parent, or the last of them, ends."""
-    folder, (rank, ranks, nodes), function = Path(sys.argv[1]), map(int, sys.argv[2:5]), sys.argv[5]
+    folder, (ranks, nodes), function = Path(sys.argv[1]), map(int, sys.argv[2:4]), sys.argv[4]
     parent = os.getppid()
     die_with_parent()
     for number in STOP_SIGNALS:  # sent to the process group: the ranks handle them
@@ -150,6 +150,8 @@ def _end(watch: Watch, hang: Failure, folder: Path, function: str) -> None:
         if pulse.present:
             with suppress(ProcessLookupError):
                 os.kill(pulse.pid, signal.SIGKILL)
+        with suppress(OSError):
+            (folder / f"{FILE}{pulse.rank}").unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

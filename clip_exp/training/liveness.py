@@ -1,8 +1,8 @@
 """Heartbeat of a training run: the callback that reports what the training thread does, and how long each phase may be silent.
 
-    a step             hang_timeout_s, or 20 times the usual step, or 1.25 times data.timeout_s, whichever is longest
-    reading a row      data.timeout_s
-    everything else    12 times hang_timeout_s: the start, the first step, compiled steps, validation, tasks, saving, the end
+a step             hang_timeout_s, or 20 times the usual step, or 1.25 times data.timeout_s, whichever is longest
+reading a row      data.timeout_s
+everything else    12 times hang_timeout_s: the start, the first step, compiled steps, validation, tasks, saving, the end
 """
 
 import statistics
