@@ -36,7 +36,7 @@ from clip_exp.data.image_sets import ImageSet
 from clip_exp.data.images import Preprocessing, eval_transform, to_pil, to_rgb, train_transform
 from clip_exp.data.pairs import Items, int64_hash
 from clip_exp.data.randomness import Draws, hash64
-from clip_exp.data.reading import DEFAULT_LIMIT, ReadLimit, Slots, WatchedBatches, reading
+from clip_exp.data.reading import DEFAULT_LIMIT, ReadLimit, Slots, WatchedBatches, given_up, reading
 from clip_exp.data.stream import Stream
 from clip_exp.data.transform import CustomTransform
 from clip_exp.devices import usable_cores
@@ -515,7 +515,7 @@ def explain_worker_failure(error: BaseException, key: str) -> DataError | None:
     killed = isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker")
     if not killed and not (isinstance(error, ConnectionError | EOFError) and from_loader):
         return None
-    return DataError(
+    return given_up() or DataError(
         "A data loader worker was killed by a signal, usually because memory ran out. Use fewer workers "
         f"({key}), or decrease data.max_image_pixels."
     )

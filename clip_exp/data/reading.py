@@ -180,13 +180,25 @@ class WatchedBatches(Generic[T]):
         raised = (
             f" If it was only slow, raise {self.limit.key}, or set it to null for no limit." if self.limit.key else ""
         )
-        self._error = DataError(
+        global _given_up
+        self._error = _given_up = DataError(
             f"data loader worker {worker} of {self.slots.workers} (process {slot.pid}){self.rank()} has made no progress for "
             f"{self._stalled_s:.0f} s, {doing}. {cause} Repeat the same command to resume.{raised}"
         )
         for pid in {self.slots[each].pid for each in (awaited, *stopped)} - {NOT_STARTED}:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
+
+
+_given_up: DataError | None = None
+
+
+def given_up() -> DataError | None:
+    """Return the error to report if a worker of this process was killed because it made no progress; None if none was.
+
+    torch may report that a worker was killed wherever the training thread is.
+    """
+    return _given_up
 
 
 def _watch(reference: "weakref.ref[WatchedBatches[Any]]", tick_s: float) -> None:

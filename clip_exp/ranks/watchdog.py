@@ -77,11 +77,12 @@ def _guard(
             if _in_debugger(watched):
                 heartbeat.beat()
             elif heartbeat.verdict:
+                if placement is None:  # otherwise it has other ranks to end
+                    _stop(watchdog)
+                    heartbeat.path.unlink(missing_ok=True)
                 os._exit(heartbeat.verdict)
     finally:
-        if watchdog is not None:
-            watchdog.kill()
-            watchdog.wait()
+        _stop(watchdog)
 
 
 def _start(folder: Path, placement: Placement | None, note: Note) -> "subprocess.Popen[bytes]":
@@ -93,6 +94,12 @@ def _start(folder: Path, placement: Placement | None, note: Note) -> "subprocess
         stdin=subprocess.DEVNULL,
         env={**os.environ, "PYTHONPATH": path},
     )
+
+
+def _stop(watchdog: "subprocess.Popen[bytes] | None") -> None:
+    if watchdog is not None:
+        watchdog.kill()
+        watchdog.wait()
 
 
 def _in_debugger(thread: int) -> bool:

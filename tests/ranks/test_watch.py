@@ -40,7 +40,9 @@ def states(monkeypatch: pytest.MonkeyPatch) -> dict[int, str]:
     return found
 
 
-def looked(watched: Watch, clock: list[float], seconds: float, each_look: Callable[[], None] = lambda: None) -> Failure | None:
+def looked(
+    watched: Watch, clock: list[float], seconds: float, each_look: Callable[[], None] = lambda: None
+) -> Failure | None:
     """The first failure that a watcher finds within a time."""
     for _ in range(int(seconds / LOOK_S)):
         clock[0] += LOOK_S
@@ -61,7 +63,10 @@ def test_the_rank_that_is_behind_is_named_and_not_those_that_wait_for_it(tmp_pat
     found = looked(Watch(tmp_path, 3), clock, HANG_S + 2)
     assert found is not None
     assert (found.rank, found.code) == (1, 6)
-    assert f"rank 1 of 3 (process {os.getpid()}) hangs: no progress for 10 s in the forward pass of step 5" in found.message
+    assert (
+        f"rank 1 of 3 (process {os.getpid()}) hangs: no progress for 10 s in the forward pass of step 5"
+        in found.message
+    )
     assert "limit 10 s, set by hang_timeout_s" in found.message
     assert "Repeat the same command to resume" in found.message
 

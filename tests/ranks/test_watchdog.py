@@ -79,5 +79,7 @@ def test_a_process_that_does_not_hang_is_left_alone(kind: str, ended: dict[str, 
 
 def test_no_watchdog_outlives_its_process(ended: dict[str, Ended]) -> None:
     folders = [str(found.folder) for found in ended.values()]
-    lines = [path.read_bytes().decode(errors="replace") for path in Path("/proc").glob("[0-9]*/cmdline") if path.exists()]
+    lines = [
+        path.read_bytes().decode(errors="replace") for path in Path("/proc").glob("[0-9]*/cmdline") if path.exists()
+    ]
     assert not [line for line in lines if any(folder in line for folder in folders)]

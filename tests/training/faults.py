@@ -89,7 +89,9 @@ class Blocking:
 
 def overrides(kind: str, rank: int, *, blocks: bool = False, marker: str = "") -> tuple[str, ...]:
     """Arguments of `train.py` for a fault in step 3."""
-    fault = f"_target_:tests.training.faults.Fault,kind:{kind},rank:{rank},blocks:{str(blocks).lower()},marker:'{marker}'"
+    fault = (
+        f"_target_:tests.training.faults.Fault,kind:{kind},rank:{rank},blocks:{str(blocks).lower()},marker:'{marker}'"
+    )
     return (f"+callbacks.extra.fault={{{fault}}}",)
 
 

@@ -17,8 +17,8 @@ from tests.runs import TINY, Finished, run_folders
 from tests.training.faults import ALLOWED, overrides
 from tests.training.test_failures import left_behind
 
-HANG_S, READ_S = 2, 2
-LIMITS = (f"hang_timeout_s={HANG_S}", f"data.timeout_s={READ_S / 2}")
+HANG_S = 3
+LIMITS = (f"hang_timeout_s={HANG_S}", "data.timeout_s=2.4")
 RESUMED = tuple(word for word in TINY if word != "resume=never")
 STRATEGIES = {"ddp": "strategy=ddp", "zero2": "strategy=deepspeed_stage_2", "zero3": "strategy=deepspeed_stage_3"}
 CASES = [(kind, strategy, rank) for kind in ("stop", "hang") for strategy in STRATEGIES for rank in (0, 1)]
@@ -102,7 +102,7 @@ def test_a_read_that_never_ends_ends_the_run_and_the_row_is_named(
 def test_slow_steps_and_a_slow_validation_end_no_run(command: Run, tmp_path: Path) -> None:
     """Each step and each batch of the validation takes longer than the limit of a step that is not known to be slow."""
     slow = "+callbacks.extra.slow={_target_:tests.training.faults.Slow,seconds:1.2}"
-    limits = ("hang_timeout_s=1", "data.timeout_s=0.5")
+    limits = ("hang_timeout_s=1", "data.timeout_s=0.8")
     steps = ("max_steps=2", "val_every_n_steps=2", "trainer.devices=2", f"output_dir={tmp_path}")
     done = command("train.py", *TINY, slow, *limits, *steps, cwd=tmp_path, **ALLOWED)
     assert done.returncode == 0, done.stderr
@@ -128,7 +128,9 @@ def test_under_torchrun_a_rank_that_hangs_ends_all(kind: str, rank: int, tmp_pat
 
 
 @pytest.mark.exhaustive
-@pytest.mark.parametrize("launcher", [(), ("-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone")], ids=str)
+@pytest.mark.parametrize(
+    "launcher", [(), ("-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone")], ids=str
+)
 def test_a_run_of_which_every_process_was_suspended_continues(launcher: tuple[str, ...], tmp_path: Path) -> None:
     arguments = [*TINY, "max_steps=1000", "data.num_workers=1", *LIMITS, f"output_dir={tmp_path}"]
     arguments += [] if launcher else ["trainer.devices=2"]
