@@ -35,8 +35,8 @@ from clip_exp.data.files import (
 )
 from clip_exp.data.images import check_strip, decode_rgb, preprocessing_of, train_transform
 from clip_exp.data.loader import WorkerLoader, caption_id
-from clip_exp.data.reading import reading
 from clip_exp.data.randomness import Draws
+from clip_exp.data.reading import reading
 from clip_exp.data.tables.columns import BLANKS
 from clip_exp.progress import progress
 from clip_exp.storage import TextWriter

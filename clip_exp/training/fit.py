@@ -345,7 +345,15 @@ def _build_callbacks(
     metrics = StepMetrics(config.log_every_n_steps, config.global_batch_size, datamodule.num_rows, skipped)
     progress = Progress(config.callbacks.progress, metrics, note=few_images(datamodule.val_images))
     liveness = Liveness(config)
-    callbacks: list[pl.Callback] = [ReportFailure(config), liveness, SameRanks(), skipped, metrics, progress, StopAtEnd()]
+    callbacks: list[pl.Callback] = [
+        ReportFailure(config),
+        liveness,
+        SameRanks(),
+        skipped,
+        metrics,
+        progress,
+        StopAtEnd(),
+    ]
     callbacks += [Diagnosis(config, metrics)] if is_main() else []
     if config.callbacks.ema_decay is not None:
         callbacks.append(AveragedWeights(config.callbacks.ema_decay, skipped, config.callbacks.ema_every_n_steps))

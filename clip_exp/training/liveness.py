@@ -39,6 +39,8 @@ def living(config: TrainConfig, run_dir: Path) -> Iterator[None]:
     placement = outer_placement()
     rank = 0 if placement is None else placement.rank
     own = Heartbeat(run_dir, rank, config.hang_timeout_s, config.data.timeout_s)
+    # Writing the last checkpoint is retried.
+    own.limits[Phase.saving] += config.callbacks.save_retry_s
     with heartbeat.beating(own):
         # A notebook's process is not only this run's, and its user can interrupt a cell.
         if watched_by_launcher() or in_notebook():

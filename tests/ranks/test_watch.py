@@ -12,7 +12,6 @@ from clip_exp.ranks.heartbeat import FILE, LONG, Heartbeat, Phase, remove_heartb
 from clip_exp.ranks.watch import LOOK_S, Watch
 
 HANG_S, READ_S = 10.0, 4.0
-Look = Callable[..., Failure | None]
 
 
 def heartbeats(folder: Path, ranks: int = 2) -> list[Heartbeat]:
@@ -57,7 +56,7 @@ def as_process(heartbeat: Heartbeat, pid: int) -> None:
 
 
 def test_the_rank_that_is_behind_is_named_and_not_those_that_wait_for_it(tmp_path: Path, clock: list[float]) -> None:
-    first, second, third = heartbeats(tmp_path, 3)
+    first, _, third = heartbeats(tmp_path, 3)
     for each in (first, third):
         each.enter(Phase.backward)
     found = looked(Watch(tmp_path, 3), clock, HANG_S + 2)

@@ -5,7 +5,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,7 +30,7 @@ class Ended:
 
 
 @pytest.fixture(scope="module")
-def ended(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Ended]]:
+def ended(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Ended]:
     """Every kind of process, all at the same time."""
     folders = {kind: tmp_path_factory.mktemp(kind) for kind in KINDS}
     processes = {
@@ -50,7 +49,7 @@ def ended(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Ended]
     assert processes["stopped"].poll() is None
     processes["stopped"].send_signal(signal.SIGCONT)
     outputs = {kind: process.communicate(timeout=30)[1] for kind, process in processes.items()}
-    yield {kind: Ended(processes[kind].returncode, outputs[kind], folder) for kind, folder in folders.items()}
+    return {kind: Ended(processes[kind].returncode, outputs[kind], folder) for kind, folder in folders.items()}
 
 
 def test_a_process_that_hangs_ends_with_the_exit_code_of_a_hang(ended: dict[str, Ended]) -> None:
