@@ -4,7 +4,9 @@ Data sets report each row by `reading`. A worker process writes it to its slot i
 training process, if it reads rows itself, writes it to its heartbeat (`ranks.heartbeat`), where its watcher finds it.
 """
 
+import atexit
 import ctypes
+import multiprocessing
 import os
 import signal
 import threading
@@ -24,6 +26,7 @@ T = TypeVar("T")
 TICK_S = 2.0  # longest time between two looks at a worker that is waited for
 TIMED_OUT = "DataLoader timed out"  # start of torch's message
 CHECK = {True: "this row and the storage that it is on", False: "the code that makes its batches"}
+END_S = 0.5  # time in which torch, too, notices that a worker was killed, and raises an error
 NOT_STARTED = 0  # process of a worker that has not started yet
 SLOT, TEXT_AT = 512, 24  # bytes of a slot, and where its text begins
 COUNT, PID, LENGTH = range(3)  # words of a slot
@@ -142,6 +145,8 @@ class WatchedBatches(Generic[T]):
         except (RuntimeError, OSError, EOFError) as error:  # what torch raises depends on what it was doing
             if self._error is None:
                 raise
+            with suppress(RuntimeError):
+                time.sleep(END_S)
             raise self._error from error
         finally:
             self._waiting = False
@@ -175,7 +180,7 @@ class WatchedBatches(Generic[T]):
         # Another worker that was stopped may hold the lock of the queue.
         worker = awaited if awaited in stopped or not stopped else stopped[0]
         slot = self.slots[worker]
-        doing = f"reading {slot.row}" if slot.row else "reading no row"
+        doing = f"reading {slot.row}" if slot.row else "reading no row" if slot.pid != NOT_STARTED else "starting"
         cause = "It was stopped by a signal (state T)." if worker in stopped else f"Check {CHECK[bool(slot.row)]}."
         raised = (
             f" If it was only slow, raise {self.limit.key}, or set it to null for no limit." if self.limit.key else ""
@@ -199,6 +204,16 @@ def given_up() -> DataError | None:
     torch may report that a worker was killed wherever the training thread is.
     """
     return _given_up
+
+
+@atexit.register
+def _kill_stopped_workers() -> None:
+    """Kill workers that a signal stopped: Python, which runs this before its own exit function, would wait for them forever."""
+    stopped = [child for child in multiprocessing.active_children() if state_of(child.pid or NOT_STARTED) == STOPPED]
+    if stopped:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch raises an error if a worker is killed
+    for child in stopped:
+        child.kill()
 
 
 def _watch(reference: "weakref.ref[WatchedBatches[Any]]", tick_s: float) -> None:
