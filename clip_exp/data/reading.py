@@ -132,6 +132,8 @@ class WatchedBatches(Generic[T]):
         self._seen = (-1, -1)  # batch and reports of its worker at the last tick
         self._stalled_s = 0.0
         self._error: DataError | None = None
+        global _given_up
+        _given_up = None  # of an earlier run of this process
         if limit.seconds is not None:
             threading.Thread(target=_watch, args=(weakref.ref(self), limit.tick_s), daemon=True).start()
 
@@ -176,6 +178,7 @@ class WatchedBatches(Generic[T]):
 
     def _give_up(self, awaited: int) -> None:
         """Kill the worker that makes no progress, and any that was stopped: they could not end by themselves."""
+        global _given_up
         stopped = [worker for worker in range(self.slots.workers) if state_of(self.slots[worker].pid) == STOPPED]
         # Another worker that was stopped may hold the lock of the queue.
         worker = awaited if awaited in stopped or not stopped else stopped[0]
@@ -185,7 +188,6 @@ class WatchedBatches(Generic[T]):
         raised = (
             f" If it was only slow, raise {self.limit.key}, or set it to null for no limit." if self.limit.key else ""
         )
-        global _given_up
         self._error = _given_up = DataError(
             f"data loader worker {worker} of {self.slots.workers} (process {slot.pid}){self.rank()} has made no progress for "
             f"{self._stalled_s:.0f} s, {doing}. {cause} Repeat the same command to resume.{raised}"
