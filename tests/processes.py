@@ -18,6 +18,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from multiprocessing import forkserver
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -48,9 +49,7 @@ def run_forked(
     """
     with tempfile.TemporaryDirectory() as folder:
         outputs = [Path(folder) / name for name in ("stdout", "stderr")]
-        _start_server()
-        process = _IMPORTED.Process(target=_run, args=(script, arguments, cwd, environment, outputs, draw))
-        process.start()
+        process = start_forked(script, arguments, cwd=cwd, environment=environment, outputs=outputs, draw=draw)
         process.join(timeout_s)
         if process.exitcode is None:
             process.kill()
@@ -58,6 +57,28 @@ def run_forked(
             raise subprocess.TimeoutExpired([str(script), *arguments], timeout_s)
         captured = [path.read_text(encoding="utf-8") for path in outputs]
         return subprocess.CompletedProcess([str(script), *arguments], process.exitcode, *captured)
+
+
+def start_forked(
+    script: Path,
+    arguments: tuple[str, ...],
+    *,
+    cwd: Path,
+    environment: dict[str, str],
+    outputs: list[Path],
+    draw: bool = False,
+    before: Callable[[], None] | None = None,
+) -> BaseProcess:
+    """Start the script as `run_forked` does, and return its process.
+
+    Args:
+        outputs: files to which standard output and standard error are appended.
+        before: called in the new process before the script; what it changes holds in the ranks and workers too.
+    """
+    _start_server()
+    process = _IMPORTED.Process(target=_run, args=(script, arguments, cwd, environment, outputs, draw, before))
+    process.start()
+    return process
 
 
 def start_apart(function: Callable[..., Any], *arguments: Any) -> "Future[Any]":
@@ -93,6 +114,7 @@ def _run(
     environment: dict[str, str],
     outputs: list[Path],
     draw: bool,
+    before: Callable[[], None] | None,
 ) -> None:
     for descriptor, path in enumerate(outputs, start=1):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)
@@ -101,6 +123,8 @@ def _run(
     _replace_environment(environment)
     if not draw:
         Figure.savefig = lambda _, path, **__: Image.new("RGB", (1, 1)).save(path)  # type: ignore[method-assign]
+    if before is not None:
+        before()
     _PopenWithRanks.waiting = _WaitingRank.fork(_requested_ranks(arguments))
     subprocess.Popen = _PopenWithRanks  # type: ignore[misc]
     sys.argv = [str(script), *arguments]

@@ -1,0 +1,271 @@
+"""One run with several faults: the same command is repeated until the run ends, and what must hold is checked after each start."""
+
+import re
+import shutil
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from random import Random
+
+from clip_exp.checkpoints.folders import checkpoints, damage, step_of
+from clip_exp.runs import LAST_CHECKPOINT
+from clip_exp.storage import read_json_object
+from tests.campaign.commands import Command, describe, newest_run
+from tests.campaign.configurations import (
+    CONFIGURATIONS,
+    NON_FINITE,
+    NON_FINITE_STEPS,
+    STEPS,
+    Configuration,
+    has_key,
+)
+from tests.campaign.kinds import KINDS, NON_FINITE_NEEDS, NON_FINITE_STEP, Fault, Loss
+from tests.campaign.moments import await_moment
+from tests.campaign.references import Reference, differences
+
+COMMAND_S = 150  # a command that runs longer hangs
+ORPHANS_S = 15  # time for the workers of a killed rank to notice that it has gone
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A run, and the faults of its starts in order."""
+
+    number: int
+    configuration: Configuration
+    faults: list[tuple[str, Fault]]  # with their kinds
+
+
+def draw_trial(seed: int, number: int, kinds: tuple[str, ...]) -> Trial:
+    """Draw a trial, which depends on its arguments alone."""
+    chance = Random(f"{seed}/{number}")
+    non_finite = has_key(NON_FINITE_NEEDS) and NON_FINITE_STEP in kinds
+    # Three of four trials are of one of the faster configurations.
+    fast = [configuration for configuration in CONFIGURATIONS if not configuration.strategy.startswith("deepspeed")]
+    pool = NON_FINITE if non_finite and chance.random() < 0.15 else fast if chance.random() < 0.7 else CONFIGURATIONS
+    configuration = chance.choice(pool)
+    possible = [name for name in kinds if name in KINDS and KINDS[name].is_possible]
+    weights = [KINDS[name].weight for name in possible]
+    faults: list[tuple[str, Fault]] = []
+    for step in sorted(chance.sample(range(1, STEPS + 1), chance.randint(3, 7))):
+        fault = None
+        while fault is None:
+            (name,) = chance.choices(possible, weights)
+            fault = KINDS[name].draw(chance, configuration, step)
+        faults.append((name, fault))
+    return Trial(number, configuration, faults)
+
+
+@dataclass
+class Result:
+    """What came of a fault."""
+
+    trial: int
+    configuration: str
+    kind: str
+    fault: str
+    outcome: str  # such as `exit 143`, or why it did not strike
+    struck: bool
+    seconds: float
+
+
+class Deviation(Exception):
+    """What a campaign looks for: something was lost, changed, left behind or said wrongly."""
+
+
+@dataclass
+class Run:
+    """The progress of a trial."""
+
+    trial: Trial
+    reference: Reference
+    folder: Path
+    chance: Random
+    results: list[Result] = field(default_factory=list)
+    acknowledged: int = 0  # step of the last checkpoint that `run.json` recorded and no fault destroyed
+    metrics_after: int = 0  # up to this step rows of `metrics.csv` were destroyed
+    starts: int = 0
+    pids: set[int] = field(default_factory=set)  # of all processes seen
+
+    @property
+    def outputs(self) -> Path:
+        return self.folder / "outputs"
+
+
+def run_trial(trial: Trial, seed: int, reference: Reference, folder: Path) -> tuple[list[Result], str]:
+    """Run a trial; return what came of its faults, and a text about its deviation, empty if there is none.
+
+    The folder is removed unless there is a deviation.
+    """
+    folder.mkdir(parents=True)
+    run = Run(trial, reference, folder, Random(f"{seed}/{trial.number}/damage"))
+    try:
+        for kind, fault in trial.faults:
+            if _start(run, kind, fault) == 0:
+                break
+        else:
+            if (code := _undisturbed(run).code) != 0:
+                raise Deviation(f"exit code {code} without a fault")
+        _check_end(run)
+    except Deviation as deviation:
+        return run.results, _explained(run, str(deviation))
+    if trial.configuration.non_finite:
+        name = trial.configuration.name
+        run.results += [
+            Result(trial.number, name, NON_FINITE_STEP, f"step {step}", "equal to the reference", True, 0.0)
+            for step in NON_FINITE_STEPS
+        ]
+    shutil.rmtree(folder)
+    return run.results, ""
+
+
+def _start(run: Run, kind: str, fault: Fault) -> int:
+    """Start the command with a fault; return its exit code."""
+    began_s = time.monotonic()
+    fault.prepare(run.folder)
+    command = Command(run.folder, run.trial.configuration, run.starts, fault.changes(run.outputs))
+    run.starts += 1
+    came = await_moment(fault.moment, command, run.reference.pace)
+    run.pids |= {process.pid for process in command.processes()}
+    came = came and fault.strike(command)
+    code = _await_end(command)
+    struck = came and fault.has_struck(command)
+    outcome = f"exit {code}" if struck else f"did not strike, exit {code}"
+    seconds = time.monotonic() - began_s
+    result = Result(run.trial.number, run.trial.configuration.name, kind, str(fault), outcome, struck, seconds)
+    run.results.append(result)
+    if (problem := fault.problem(command)) is not None:
+        raise Deviation(problem)
+    if not came and code != 0:
+        raise Deviation(f"exit code {code} without a fault")
+    _check_start(run, command)
+    folder = newest_run(run.outputs)
+    if folder is not None and fault.destroys:
+        shutil.copytree(folder, run.folder / "backup")
+    loss = fault.after(folder, run.chance)
+    result.fault += f" ({loss.what})" if loss.what else ""
+    if folder is not None and fault.destroys:
+        _expect_less(run, loss, folder)
+        shutil.rmtree(run.folder / "backup")
+    return code
+
+
+def _undisturbed(run: Run) -> Command:
+    command = Command(run.folder, run.trial.configuration, run.starts)
+    run.starts += 1
+    _await_end(command)
+    _check_start(run, command)
+    return command
+
+
+def _await_end(command: Command) -> int:
+    code = command.wait(COMMAND_S)
+    if code is None:
+        command.kill_all()
+        raise Deviation(f"the command still ran after {COMMAND_S} s")
+    if left := command.await_end_of_all(ORPHANS_S):
+        command.kill_all()
+        raise Deviation(f"processes were left {ORPHANS_S} s after the end of the command: {left}")
+    return code
+
+
+def _check_start(run: Run, command: Command) -> None:
+    """Check what must hold after every end of the command."""
+    # A thread of Python's in a worker prints one if the rank that it sends a batch to is killed just then.
+    if command.errors.count("Traceback") > command.errors.count("resource_sharer.py"):
+        raise Deviation("a traceback was printed")
+    if (resumed := _resumed_step(command.output)) is not None and resumed < run.acknowledged:
+        raise Deviation(f"resumed from step {resumed}, although step {run.acknowledged} was acknowledged")
+    folder = newest_run(run.outputs)
+    if folder is None:
+        return
+    run.acknowledged = max(run.acknowledged, _recorded_step(folder))
+    valid = _valid_steps(folder)
+    if run.acknowledged > max(valid, default=0):
+        raise Deviation(f"step {run.acknowledged} was acknowledged, but the valid checkpoints are of steps {valid}")
+
+
+def _valid_steps(folder: Path) -> list[int]:
+    return [step_of(path) for path in checkpoints(folder) if damage(path) is None]
+
+
+def _recorded_step(folder: Path) -> int:
+    try:
+        return read_json_object(folder / "run.json")[LAST_CHECKPOINT] or 0
+    except FileNotFoundError:
+        return 0  # not written yet
+    except (OSError, ValueError, KeyError) as error:
+        raise Deviation(f"run.json is damaged: {error}") from error
+
+
+def _resumed_step(output: str) -> int | None:
+    """Return the step from which a start trained: that of its checkpoint, 0 for the beginning; None: it did not get so far."""
+    resumed = [line for line in output.splitlines() if line.startswith("resuming from ")]
+    if resumed:
+        return int(resumed[-1].rpartition("(step ")[2].rstrip(")").replace(",", ""))
+    return 0 if f"step 1/{STEPS} " in output else None
+
+
+def _expect_less(run: Run, loss: Loss, folder: Path) -> None:
+    """After damage expect an older checkpoint; where none is left, the command must refuse to begin again, until one is restored."""
+    if loss.metrics:
+        run.metrics_after = max(run.metrics_after, run.acknowledged)
+    if not loss.had or loss.good:
+        run.acknowledged = min(run.acknowledged, max(loss.good, default=0))
+        return
+    before = run.acknowledged
+    run.acknowledged = 0
+    refused = _undisturbed(run)
+    if refused.code != 4 or "has no usable checkpoint" not in refused.errors or "resume=never" not in refused.errors:
+        raise Deviation(f"exit code {refused.code} instead of 4 after all checkpoints were damaged: {refused.errors}")
+    shutil.rmtree(folder)
+    shutil.copytree(run.folder / "backup", folder)
+    run.acknowledged = before
+
+
+def _check_end(run: Run) -> None:
+    """Check the finished run: it is the only one, equal to the undisturbed one, and nothing is left of the faults."""
+    saved = [folder for folder in run.outputs.glob("train/*/*") if list(folder.glob("checkpoints/step-*"))]
+    if len(saved) != 1:
+        raise Deviation(f"{len(saved)} runs have checkpoints: {saved}")
+    (folder,) = saved
+    if missing := [name for name in ("summary.json", "report.html") if not (folder / name).is_file()]:
+        raise Deviation(f"the finished run lacks {missing}")
+    record = read_json_object(folder / "run.json")
+    if (record["status"], record[LAST_CHECKPOINT]) != ("finished", STEPS):
+        raise Deviation(f"run.json has status {record['status']} and last checkpoint {record[LAST_CHECKPOINT]}")
+    if different := differences(folder, run.reference.folder, run.metrics_after):
+        raise Deviation("the end differs from that of the undisturbed run:\n  " + "\n  ".join(different))
+    if litter := _litter(run):
+        raise Deviation(f"litter was left: {litter}")
+
+
+def _litter(run: Run) -> list[str]:
+    """Return temporary files that outlived the run: in its folders, in TMPDIR and in shared memory."""
+    names = (".writing-", ".lock-rank", ".error-rank")
+    found = [path for path in run.outputs.rglob(".*") if path.name.startswith(names)]
+    found += (run.folder / "tmp").iterdir()
+    found += [
+        path
+        for path in Path("/dev/shm").iterdir()
+        if any(part.isdecimal() and int(part) in run.pids for part in re.split(r"\W|_", path.name))
+    ]
+    return [str(path) for path in found]
+
+
+def _explained(run: Run, deviation: str) -> str:
+    """Return what is needed to look at a deviation, which `deviation.txt` in the folder has too."""
+    faults = [
+        f"  start {number}: {result.kind}: {result.fault}: {result.outcome}"
+        for number, result in enumerate(run.results)
+    ]
+    lines = [
+        f"trial {run.trial.number}, {run.trial.configuration.name}: {deviation}",
+        *faults,
+        f"folder (output of each start: start-*.out, start-*.err): {run.folder}",
+        f"undisturbed run: {run.reference.folder}",
+        f"command: {describe(run.trial.configuration, run.outputs)}",
+    ]
+    text = "\n".join(lines)
+    (run.folder / "deviation.txt").write_text(text + "\n", encoding="utf-8")
+    return text
