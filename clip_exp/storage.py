@@ -164,6 +164,15 @@ def remove_leftovers(target: Path) -> None:
             path.unlink(missing_ok=True)
 
 
+def remove_all_leftovers(folder: Path) -> None:
+    """Remove temporary files of killed processes directly in a folder. No other process may be writing in it."""
+    for path in folder.glob(f"{TEMPORARY}*"):
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
 @cache
 def warn_of_no_locks(folder: Path, reason: str) -> None:
     """Log a warning, once per folder, that its file system does not support locks."""

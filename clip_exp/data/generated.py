@@ -18,7 +18,7 @@ from PIL import Image, ImageDraw
 from clip_exp.config.data import DataConfig, GenerateConfig, Generator
 from clip_exp.data.randomness import Draws, hash64
 from clip_exp.errors import CheckpointError
-from clip_exp.storage import atomic_folder, sync
+from clip_exp.storage import atomic_folder, lock, remove_leftovers, sync
 
 
 @dataclass(frozen=True)
@@ -45,8 +45,8 @@ class GeneratedData:
 def generate(config: GenerateConfig, output_dir: Path) -> GeneratedData:
     """Write the data set to `<output_dir>/data/<name>/`, unless it exists.
 
-    The folder is created atomically, so several processes may call this at the same time, and a killed one leaves no
-    partial data.
+    The folder is created atomically, so a killed process leaves no partial data. Of several processes that call this at
+    the same time, one writes, and the others wait for it.
 
     Args:
         config: kind and size of the data set; equal values give equal bytes.
@@ -65,11 +65,17 @@ def generate(config: GenerateConfig, output_dir: Path) -> GeneratedData:
         rows = {"train": count_rows(config), "val": config.val_rows or 400}
         splits = {split: scenes(split, count, config.image_size, config.seed) for split, count in rows.items()}
     try:
-        # Another process may be first, with the same bytes. Syncing thousands of images to disk would take long.
-        with atomic_folder(folder, replace=False, durable=False) as partial:
-            for split, samples in splits.items():
-                _write(partial, split, samples)
-                sync(partial / f"{split}.csv")
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with lock(folder.with_name(f".lock-{folder.name}"), wait_s=math.inf, remove=True) as held:
+            if held:
+                remove_leftovers(folder)
+            if folder.is_dir():
+                return data
+            # Without locks another process may be first, with the same bytes. Syncing thousands of images to disk would take long.
+            with atomic_folder(folder, replace=False, durable=False) as partial:
+                for split, samples in splits.items():
+                    _write(partial, split, samples)
+                    sync(partial / f"{split}.csv")
     except OSError as error:
         raise CheckpointError(
             f"Generated data cannot be written to {folder}: {error}. Set output_dir to a writable folder."

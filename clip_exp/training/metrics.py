@@ -425,6 +425,9 @@ class MetricsCSV(Logger):
         """Read the existing file, and drop the rows after `step`; return the last step that it had, 0 if there was none."""
         remove_leftovers(self.path)
         if not self.path.is_file():
+            if step:
+                log.warning("%s is missing: the metrics of the steps up to %s are lost.", self.path, f"{step:,}")
+                self._write(self._rewrite)  # the report reads it, even if no step is left to train
             return 0
         found = read_metrics(self.path)
         self.rows = {row["step"]: row for row in found if row["step"] <= step}

@@ -41,7 +41,7 @@ from clip_exp.runs import (
     warn,
     write_text,
 )
-from clip_exp.storage import file_sha256
+from clip_exp.storage import file_sha256, remove_all_leftovers
 from clip_exp.training.preflight import rehearse
 from clip_exp.weights.find import find_weights, hash_weights, key_of, local_weights
 from clip_exp.weights.inspect import as_resolved, note_architecture, resolve_model
@@ -393,6 +393,8 @@ class Opening:
 
     def begin(self, arguments: list[str]) -> None:
         """Write `config.yaml`, the first values of `run.json` and the tokenizer to the folder, which this process has locked."""
+        for folder in (self.folder, self.folder / "eval"):
+            remove_all_leftovers(folder)
         for message in self.warnings:
             warn(self.folder, message)
         write_text(self.folder / CONFIG, to_yaml(self.resolved))

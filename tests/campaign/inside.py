@@ -52,10 +52,10 @@ WRITING = ("fsync", "rename", "replace", "mkdir")  # those that a full disk refu
 
 @dataclass
 class AtOperation:
-    """Acts at operations on the files of runs, in one process."""
+    """Acts at operations on files of the output folder, in one process."""
 
     process: str  # the launcher, or the number of a rank
-    folder: Path  # with the runs
+    folder: Path  # the output folder
     first: int  # number of the first operation at which it acts
     last: int
     after: bool  # acts after the operation, not before

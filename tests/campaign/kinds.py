@@ -4,12 +4,14 @@
 the same command is repeated, so what it must not do is checked by `trials`: lose, litter, or change the result.
 """
 
+import mmap
 import os
 import shutil
 import signal
 import subprocess
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
@@ -61,17 +63,20 @@ class Fault:
             return None
         return f"exit code {code} instead of {' or '.join(map(str, (*self.codes, 0)))}"
 
-    def after(self, run: Path | None, chance: Random) -> "Loss":
-        """Do what happens between the end of the command and its next start."""
+    def destroy(self, run: Path, chance: Random) -> "Loss":
+        """Damage the files of the run before the next start."""
         return Loss()
+
+    def release(self) -> None:
+        """Undo what `prepare` did."""
 
 
 class Loss(NamedTuple):
     """What a fault destroyed on the disk."""
 
     what: str = ""
-    had: tuple[int, ...] = ()  # steps of the valid checkpoints before
-    good: tuple[int, ...] = ()  # and of those that are intact
+    good: tuple[int, ...] = ()  # steps of the checkpoints that are intact
+    refused: bool = False  # the command must not begin again, since the run had, or may have had, a checkpoint
     metrics: bool = False  # rows of `metrics.csv` that a checkpoint acknowledged
 
 
@@ -158,8 +163,7 @@ class KillAtOperation(Fault):
 
     def changes(self, outputs: Path) -> tuple[Callable[[], None], ...]:
         act = inside.kill_launcher if self.launcher else inside.kill_itself
-        train = outputs / "train"
-        return (inside.AtOperation(self.process, train, self.number, self.number, self.after_it, act),)
+        return (inside.AtOperation(self.process, outputs, self.number, self.number, self.after_it, act),)
 
     def has_struck(self, command: Command) -> bool:
         return command.code != 0
@@ -195,8 +199,8 @@ class RefusedOperations(Fault):
         return f"from file operation {self.first} {last}"
 
     def changes(self, outputs: Path) -> tuple[Callable[[], None], ...]:
-        act, train = inside.find_no_space, outputs / "train"
-        return (inside.AtOperation(self.process, train, self.first, self.last, False, act, inside.WRITING),)
+        act = inside.find_no_space
+        return (inside.AtOperation(self.process, outputs, self.first, self.last, False, act, inside.WRITING),)
 
     def has_struck(self, command: Command) -> bool:
         return NO_SPACE in command.output + command.errors
@@ -234,15 +238,17 @@ class FullDisk(Fault):
         self._mounted = outputs
 
     def strike(self, command: Command) -> bool:
-        page = 4096
-        size = -(-(shutil.disk_usage(command.outputs).used + self.room) // page) * page
-        _mount("-o", f"remount,size={size}", str(command.outputs))
-        return True
+        while command.is_alive():  # it fails if the run has written more meanwhile
+            size = shutil.disk_usage(command.outputs).used + max(self.room, mmap.PAGESIZE)
+            with suppress(subprocess.CalledProcessError):
+                _mount("-o", f"remount,size={size}", str(command.outputs))
+                return True
+        return False
 
     def problem(self, command: Command) -> str | None:
         return super().problem(command) or (_require(NO_SPACE, command) if command.code == 4 else None)
 
-    def after(self, run: Path | None, chance: Random) -> Loss:
+    def release(self) -> None:
         """Move it back to the disk."""
         assert self._mounted is not None
         aside = self._mounted.with_name("aside")
@@ -250,7 +256,6 @@ class FullDisk(Fault):
         subprocess.run(["umount", "-l", str(self._mounted)], check=True)
         shutil.rmtree(self._mounted)
         aside.rename(self._mounted)
-        return Loss()
 
 
 def _mount(*arguments: str) -> None:
@@ -284,16 +289,16 @@ class Damage(Fault):
         command.kill_all()
         return True
 
-    def after(self, run: Path | None, chance: Random) -> Loss:
-        if run is None:
-            return Loss()
+    def destroy(self, run: Path, chance: Random) -> Loss:
         saved = checkpoints(run)
         before = contents_of(run)
         valid = [path for path in saved if damage(path) is None]
         done = [self._act(file, chance) for file in self._files(run, saved, chance) if file.is_file()]
         hurt = damaged_parts(run, before)
-        had, good = ([step_of(path) for path in valid if path.name not in without] for without in ((), hurt))
-        return Loss("; ".join(done), tuple(had), tuple(good), self.where == "metrics.csv" and bool(done))
+        good = tuple(step_of(path) for path in valid if path.name not in hurt)
+        trained = (run / "metrics.csv").exists() or (run / "checkpoints").exists()
+        refused = not good and (bool(valid) or ("run.json" in hurt and trained))
+        return Loss("; ".join(done), good, refused, self.where == "metrics.csv" and bool(done))
 
     def _files(self, run: Path, saved: list[Path], chance: Random) -> list[Path]:
         if self.where in RUN_FILES:
@@ -454,6 +459,7 @@ class Kind(NamedTuple):
 
     draw: Draw  # draws one for a configuration from a step on; None: the configuration cannot have it
     weight: int = 4  # how often it is drawn
+    ends: bool = True  # ends the start of a run, so that another fault can follow in the same trial
     needs: str = ""  # key of the schema without which there is nothing to test
 
     @property
@@ -469,12 +475,12 @@ KINDS = {
     "SIGKILL while saving": Kind(kill_while_saving, 6),
     "SIGKILL between phases": Kind(kill_between_phases, 6),
     "full disk": Kind(fill_disk),
-    "refused file operations": Kind(refuse_operations),
+    "refused file operations": Kind(refuse_operations, ends=False),
     "torn file": Kind(damaging("torn")),
     "flipped bit": Kind(damaging("flipped")),
     "deleted file": Kind(damaging("deleted")),
     "clock jump": Kind(jump_clock),
-    "pause": Kind(pause, 2),
+    "pause": Kind(pause, 2, ends=False),
     "signal": Kind(send_signal, 6),
     "stopped rank": Kind(stop_rank, 2, needs="hang_timeout_s"),
     "stopped worker": Kind(stop_worker, 2, needs="data.timeout_s"),

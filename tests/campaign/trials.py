@@ -19,11 +19,12 @@ from tests.campaign.configurations import (
     Configuration,
     has_key,
 )
-from tests.campaign.kinds import KINDS, NON_FINITE_NEEDS, NON_FINITE_STEP, Fault, Loss
+from tests.campaign.kinds import KINDS, NON_FINITE_NEEDS, NON_FINITE_STEP, Fault
 from tests.campaign.moments import await_moment
 from tests.campaign.references import Reference, differences
 
 COMMAND_S = 150  # a command that runs longer hangs
+REPEAT = "repeat the command to write its report"  # in the message of a run that trained, and then found no space for its report
 ORPHANS_S = 15  # time for the workers of a killed rank to notice that it has gone
 
 
@@ -44,15 +45,15 @@ def draw_trial(seed: int, number: int, kinds: tuple[str, ...]) -> Trial:
     fast = [configuration for configuration in CONFIGURATIONS if not configuration.strategy.startswith("deepspeed")]
     pool = NON_FINITE if non_finite and chance.random() < 0.15 else fast if chance.random() < 0.7 else CONFIGURATIONS
     configuration = chance.choice(pool)
-    possible = [name for name in kinds if name in KINDS and KINDS[name].is_possible]
-    weights = [KINDS[name].weight for name in possible]
+    steps = sorted(chance.sample(range(1, STEPS + 1), chance.randint(3, 7)))
+    possible = {name: KINDS[name] for name in kinds if name in KINDS and KINDS[name].is_possible}
     faults: list[tuple[str, Fault]] = []
-    for step in sorted(chance.sample(range(1, STEPS + 1), chance.randint(3, 7))):
-        fault = None
-        while fault is None:
-            (name,) = chance.choices(possible, weights)
-            fault = KINDS[name].draw(chance, configuration, step)
-        faults.append((name, fault))
+    while len(faults) < len(steps):
+        last = len(faults) == len(steps) - 1
+        drawn = {name: kind for name, kind in possible.items() if kind.ends or last} or possible
+        (name,) = chance.choices(list(drawn), [kind.weight * (1 if kind.ends else 5) for kind in drawn.values()])
+        fault = possible[name].draw(chance, configuration, steps[len(faults)])
+        faults += [] if fault is None else [(name, fault)]
     return Trial(number, configuration, faults)
 
 
@@ -83,6 +84,7 @@ class Run:
     chance: Random
     results: list[Result] = field(default_factory=list)
     acknowledged: int = 0  # step of the last checkpoint that `run.json` recorded and no fault destroyed
+    recorded_before: int | None = None  # step that `run.json` still names, and whose checkpoint a fault destroyed
     metrics_after: int = 0  # up to this step rows of `metrics.csv` were destroyed
     starts: int = 0
     pids: set[int] = field(default_factory=set)  # of all processes seen
@@ -100,12 +102,9 @@ def run_trial(trial: Trial, seed: int, reference: Reference, folder: Path) -> tu
     folder.mkdir(parents=True)
     run = Run(trial, reference, folder, Random(f"{seed}/{trial.number}/damage"))
     try:
-        for kind, fault in trial.faults:
-            if _start(run, kind, fault) == 0:
-                break
-        else:
-            if (code := _undisturbed(run).code) != 0:
-                raise Deviation(f"exit code {code} without a fault")
+        ended = any(_start(run, kind, fault) for kind, fault in trial.faults)
+        if not ended and (code := _undisturbed(run).code) != 0:
+            raise Deviation(f"exit code {code} without a fault")
         _check_end(run)
     except Deviation as deviation:
         return run.results, _explained(run, str(deviation))
@@ -119,8 +118,8 @@ def run_trial(trial: Trial, seed: int, reference: Reference, folder: Path) -> tu
     return run.results, ""
 
 
-def _start(run: Run, kind: str, fault: Fault) -> int:
-    """Start the command with a fault; return its exit code."""
+def _start(run: Run, kind: str, fault: Fault) -> bool:
+    """Start the command with a fault; return True if the run has ended, and the command need not be repeated."""
     began_s = time.monotonic()
     fault.prepare(run.folder)
     command = Command(run.folder, run.trial.configuration, run.starts, fault.changes(run.outputs))
@@ -134,20 +133,16 @@ def _start(run: Run, kind: str, fault: Fault) -> int:
     seconds = time.monotonic() - began_s
     result = Result(run.trial.number, run.trial.configuration.name, kind, str(fault), outcome, struck, seconds)
     run.results.append(result)
+    fault.release()
     if (problem := fault.problem(command)) is not None:
         raise Deviation(problem)
     if not came and code != 0:
         raise Deviation(f"exit code {code} without a fault")
     _check_start(run, command)
     folder = newest_run(run.outputs)
-    if folder is not None and fault.destroys:
-        shutil.copytree(folder, run.folder / "backup")
-    loss = fault.after(folder, run.chance)
-    result.fault += f" ({loss.what})" if loss.what else ""
-    if folder is not None and fault.destroys:
-        _expect_less(run, loss, folder)
-        shutil.rmtree(run.folder / "backup")
-    return code
+    if struck and fault.destroys and folder is not None:
+        result.fault += f" ({_destroy(run, fault, folder)})"
+    return code == 0 and REPEAT not in command.errors
 
 
 def _undisturbed(run: Run) -> Command:
@@ -171,18 +166,32 @@ def _await_end(command: Command) -> int:
 
 def _check_start(run: Run, command: Command) -> None:
     """Check what must hold after every end of the command."""
-    # A thread of Python's in a worker prints one if the rank that it sends a batch to is killed just then.
-    if command.errors.count("Traceback") > command.errors.count("resource_sharer.py"):
+    if _has_traceback(command.errors):
         raise Deviation("a traceback was printed")
     if (resumed := _resumed_step(command.output)) is not None and resumed < run.acknowledged:
         raise Deviation(f"resumed from step {resumed}, although step {run.acknowledged} was acknowledged")
     folder = newest_run(run.outputs)
     if folder is None:
         return
-    run.acknowledged = max(run.acknowledged, _recorded_step(folder))
+    recorded = _recorded_step(folder)
+    if recorded != run.recorded_before:
+        run.acknowledged, run.recorded_before = max(run.acknowledged, recorded), None
     valid = _valid_steps(folder)
     if run.acknowledged > max(valid, default=0):
         raise Deviation(f"step {run.acknowledged} was acknowledged, but the valid checkpoints are of steps {valid}")
+
+
+def _has_traceback(errors: str) -> bool:
+    """Return True if a traceback was printed, but for two of libraries.
+
+    One is of a worker that sends a batch to a rank just when that is killed, the other of a loader that is removed just when its
+    worker is.
+    """
+    before, *tracebacks = errors.split("Traceback (most recent call last):")
+    parts = zip((before, *tracebacks), tracebacks, strict=False)
+    return any(
+        "Exception ignored in" not in previous[-200:] and "resource_sharer.py" not in this for previous, this in parts
+    )
 
 
 def _valid_steps(folder: Path) -> list[int]:
@@ -206,21 +215,31 @@ def _resumed_step(output: str) -> int | None:
     return 0 if f"step 1/{STEPS} " in output else None
 
 
-def _expect_less(run: Run, loss: Loss, folder: Path) -> None:
-    """After damage expect an older checkpoint; where none is left, the command must refuse to begin again, until one is restored."""
+def _destroy(run: Run, fault: Fault, folder: Path) -> str:
+    """Damage the run, and expect an older checkpoint; where none is left, the command must refuse to begin again. Return what was done.
+
+    A person then restores the run from a copy.
+    """
+    backup = run.folder / "backup"
+    shutil.copytree(folder, backup)
+    run.recorded_before = _recorded_step(folder)
+    loss = fault.destroy(folder, run.chance)
     if loss.metrics:
         run.metrics_after = max(run.metrics_after, run.acknowledged)
-    if not loss.had or loss.good:
+    if loss.refused:
+        refused = Command(run.folder, run.trial.configuration, run.starts)
+        run.starts += 1
+        code = _await_end(refused)
+        if code != 4 or any(text not in refused.errors for text in ("has no usable checkpoint", "resume=never")):
+            raise Deviation(
+                f"exit code {code} instead of 4 after all checkpoints were damaged ({loss.what}): {refused.errors}"
+            )
+        shutil.rmtree(folder)
+        shutil.copytree(backup, folder)
+    else:
         run.acknowledged = min(run.acknowledged, max(loss.good, default=0))
-        return
-    before = run.acknowledged
-    run.acknowledged = 0
-    refused = _undisturbed(run)
-    if refused.code != 4 or "has no usable checkpoint" not in refused.errors or "resume=never" not in refused.errors:
-        raise Deviation(f"exit code {refused.code} instead of 4 after all checkpoints were damaged: {refused.errors}")
-    shutil.rmtree(folder)
-    shutil.copytree(run.folder / "backup", folder)
-    run.acknowledged = before
+    shutil.rmtree(backup)
+    return loss.what
 
 
 def _check_end(run: Run) -> None:
