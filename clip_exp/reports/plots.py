@@ -38,7 +38,7 @@ def plot_run(rows: list[dict[str, Any]], path: Path) -> None:
     }
     present = {title: series for title, series in panels.items() if any(name in row for row in rows for name in series)}
     columns = 2
-    height = -(-len(present) // columns)
+    height = max(1, -(-len(present) // columns))  # a run that lost its metrics.csv has no panel
     # Without pyplot, whose backend and figures belong to the program that calls clip_exp, such as a notebook.
     figure = Figure(figsize=(11, 3.1 * height), layout="constrained")
     axes = figure.subplots(height, columns, squeeze=False)

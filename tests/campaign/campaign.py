@@ -14,8 +14,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from tests.campaign.configurations import Configuration, has_key
-from tests.campaign.kinds import KINDS, NON_FINITE_NEEDS, NON_FINITE_STEP
+from tests.campaign.configurations import NON_FINITE_NEEDS, Configuration, has_key
+from tests.campaign.kinds import KINDS, NON_FINITE_STEP
 from tests.campaign.references import Reference, make_reference
 from tests.campaign.trials import Result, draw_trial, run_trial
 

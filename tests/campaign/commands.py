@@ -54,6 +54,9 @@ class Command:
             before=partial(_begin, changes),
         )
         self.pid = int(self._process.pid or 0)
+        with suppress(ProcessLookupError):
+            while self.is_alive() and os.getsid(self.pid) != self.pid:  # until it has begun
+                time.sleep(0.001)
 
     @property
     def code(self) -> int | None:

@@ -289,6 +289,9 @@ class Damage(Fault):
         command.kill_all()
         return True
 
+    def has_struck(self, command: Command) -> bool:
+        return command.code != 0
+
     def destroy(self, run: Path, chance: Random) -> Loss:
         saved = checkpoints(run)
         before = contents_of(run)
@@ -409,7 +412,8 @@ def stop_worker(chance: Random, configuration: Configuration, step: int) -> Faul
 # ------------------------------------------------------------------------------------------------------------- signals
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
-PREEMPTED, INTERRUPTED = 143, 130
+PREEMPTED = 143
+INTERRUPTED = (130, 1)  # by Ctrl-C while the command reads its configuration, and before that by Python
 
 
 @dataclass
@@ -438,7 +442,7 @@ class Signal(Fault):
             return None
         # Before the command has read its configuration, and when it has done its work, a signal does what it always does.
         outside = "run folder:" not in command.output or record.get("status") == "finished"
-        if outside and code in (-self.number, INTERRUPTED):
+        if outside and code in (-self.number, *(INTERRUPTED if self.number == signal.SIGINT else ())):
             return None
         return f"exit code {code} instead of {PREEMPTED}"
 
@@ -487,4 +491,3 @@ KINDS = {
 }
 # Not drawn, but part of a configuration, since the undisturbed run has it too
 NON_FINITE_STEP = "non-finite step"
-NON_FINITE_NEEDS = "max_skipped_steps"

@@ -13,13 +13,13 @@ from clip_exp.storage import read_json_object
 from tests.campaign.commands import Command, describe, newest_run
 from tests.campaign.configurations import (
     CONFIGURATIONS,
-    NON_FINITE,
+    NON_FINITE_NEEDS,
     NON_FINITE_STEPS,
     STEPS,
     Configuration,
     has_key,
 )
-from tests.campaign.kinds import KINDS, NON_FINITE_NEEDS, NON_FINITE_STEP, Fault
+from tests.campaign.kinds import KINDS, NON_FINITE_STEP, Fault
 from tests.campaign.moments import await_moment
 from tests.campaign.references import Reference, differences
 
@@ -41,10 +41,8 @@ def draw_trial(seed: int, number: int, kinds: tuple[str, ...]) -> Trial:
     """Draw a trial, which depends on its arguments alone."""
     chance = Random(f"{seed}/{number}")
     non_finite = has_key(NON_FINITE_NEEDS) and NON_FINITE_STEP in kinds
-    # Three of four trials are of one of the faster configurations.
-    fast = [configuration for configuration in CONFIGURATIONS if not configuration.strategy.startswith("deepspeed")]
-    pool = NON_FINITE if non_finite and chance.random() < 0.15 else fast if chance.random() < 0.7 else CONFIGURATIONS
-    configuration = chance.choice(pool)
+    configurations = [each for each in CONFIGURATIONS if non_finite or not each.non_finite]
+    configuration = configurations[number % len(configurations)]
     steps = sorted(chance.sample(range(1, STEPS + 1), chance.randint(3, 7)))
     possible = {name: KINDS[name] for name in kinds if name in KINDS and KINDS[name].is_possible}
     faults: list[tuple[str, Fault]] = []
@@ -182,11 +180,13 @@ def _check_start(run: Run, command: Command) -> None:
 
 
 def _has_traceback(errors: str) -> bool:
-    """Return True if a traceback was printed, but for two of libraries.
+    """Return True if a traceback was printed, but for Python's of Ctrl-C while it imports, and two of libraries.
 
-    One is of a worker that sends a batch to a rank just when that is killed, the other of a loader that is removed just when its
-    worker is.
+    One of these is of a worker that sends a batch to a rank just when that is killed, the other of a loader that is removed just
+    when its worker is.
     """
+    if errors.endswith("KeyboardInterrupt\n"):
+        return False
     before, *tracebacks = errors.split("Traceback (most recent call last):")
     parts = zip((before, *tracebacks), tracebacks, strict=False)
     return any(
@@ -262,7 +262,7 @@ def _check_end(run: Run) -> None:
 def _litter(run: Run) -> list[str]:
     """Return temporary files that outlived the run: in its folders, in TMPDIR and in shared memory."""
     names = (".writing-", ".lock-rank", ".error-rank")
-    found = [path for path in run.outputs.rglob(".*") if path.name.startswith(names)]
+    found = [path for path in run.outputs.rglob(".*") if path.name.startswith(names) and not _never_began(path.parent)]
     found += (run.folder / "tmp").iterdir()
     found += [
         path
@@ -270,6 +270,11 @@ def _litter(run: Run) -> list[str]:
         if any(part.isdecimal() and int(part) in run.pids for part in re.split(r"\W|_", path.name))
     ]
     return [str(path) for path in found]
+
+
+def _never_began(folder: Path) -> bool:
+    """Return True for the folder of a start that was killed before it wrote `run.json`: the next one cannot recognize it."""
+    return folder.parents[1].name == "train" and not (folder / "run.json").exists()
 
 
 def _explained(run: Run, deviation: str) -> str:

@@ -108,6 +108,14 @@ def test_several_writers_at_once_leave_one_whole_folder(tmp_path):
     assert [path.name for path in (tmp_path / "data").iterdir()] == [results.pop().train.parent.name]
 
 
+def test_what_a_killed_writer_left_is_removed_by_the_next(tmp_path):
+    folder = generate(shapes(rows=5, val_rows=5), tmp_path).train.parent
+    folder.rename(folder.with_name(f".writing-{folder.name}-0123"))
+    folder.with_name(f".lock-{folder.name}").touch()
+    generate(shapes(rows=5, val_rows=5), tmp_path)
+    assert [path.name for path in (tmp_path / "data").iterdir()] == [folder.name]
+
+
 def test_rows_can_be_limited(tmp_path):
     data = generate(GenerateConfig(kind=Generator.digits, rows=30, val_rows=10), tmp_path)
     assert (len(records(data.train)), len(records(data.val))) == (30, 10)

@@ -181,6 +181,15 @@ def test_a_run_whose_checkpoints_are_all_damaged_says_what_is_wrong_with_each(
         start(config)
 
 
+def test_the_next_start_removes_what_a_killed_one_was_writing(folder: Path, config: TrainConfig) -> None:
+    (folder / ".writing-tokenizer-0123").mkdir()
+    (folder / "eval").mkdir()
+    for name in (".writing-run.json-0123", ".writing-report.html-0123", "eval/.writing-digits.json-0123"):
+        (folder / name).touch()
+    start(config)
+    assert not [path for path in folder.rglob("*") if path.name.startswith(".writing-")]
+
+
 def test_starts_that_were_killed_before_a_checkpoint_share_one_folder(config: TrainConfig, capsys) -> None:
     config = config.model_copy(update={"name": "empty"})
     first = open_run(config)

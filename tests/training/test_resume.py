@@ -1,12 +1,15 @@
 """Nothing is lost: the same command resumes, under any strategy, and ends where it would have ended."""
 
+import functools
 import hashlib
+import itertools
 import json
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -122,13 +125,31 @@ def test_a_run_that_was_killed_before_its_first_checkpoint_starts_again_in_its_f
     assert run.record["last_checkpoint_step"] == 20
 
 
-STRATEGIES = ("deepspeed_stage_1", "deepspeed_stage_2", "deepspeed_stage_3", "ddp")
+STRATEGIES = ("auto", "ddp", "deepspeed_stage_1", "deepspeed_stage_2", "deepspeed_stage_3")
+PAIRS = list(itertools.permutations(STRATEGIES, 2))
+KEPT = [
+    ("auto", "ddp"), ("auto", "deepspeed_stage_3"), ("deepspeed_stage_3", "auto"), ("deepspeed_stage_3", "deepspeed_stage_2"),
+]  # fmt: skip
 
 
-@pytest.mark.parametrize("strategy", repeat_beyond((), STRATEGIES))  # the other way round in `make test`
-def test_a_run_resumes_under_another_strategy(strategy: str, single: Finished, train: Train, tmp_path) -> None:
-    interrupted(single, tmp_path)
-    run = train(*RUN, f"strategy={strategy}", "trainer.devices=2", output_dir=tmp_path)
+def under(strategy: str) -> tuple[str, ...]:
+    """Overrides for a strategy: two ranks, but for `auto`."""
+    return () if strategy == "auto" else (f"strategy={strategy}", "trainer.devices=2")
+
+
+@pytest.fixture(scope="session")
+def trained_under(single: Finished, train: Train) -> Callable[[str], Finished]:
+    return functools.cache(lambda strategy: single if strategy == "auto" else train(*RUN, *under(strategy)))
+
+
+@pytest.mark.parametrize("pair", repeat_beyond(KEPT, PAIRS), ids=" to ".join)
+def test_a_run_resumes_under_another_strategy(
+    pair: tuple[str, str], single: Finished, trained_under: Callable[[str], Finished], train: Train, tmp_path: Path
+) -> None:
+    before, after = pair
+    interrupted(trained_under(before), tmp_path)
+    run = train(*RUN, *under(after), output_dir=tmp_path)
+    assert "resuming from" in run.output
     assert run.losses == pytest.approx(single.losses, rel=1e-5)
     torch.testing.assert_close(run.weights, single.weights, rtol=0, atol=1e-4)
 
@@ -147,11 +168,15 @@ def test_a_run_whose_weights_are_rounded_to_bf16_resumes_from_those_in_float32(
     assert all(torch.equal(resumed.weights[name], weight) for name, weight in whole.weights.items())
 
 
-def test_a_sharded_run_resumes_in_one_process(single: Finished, train: Train, tmp_path) -> None:
-    sharded = train(*RUN, "strategy=deepspeed_stage_3", "trainer.devices=2")
-    interrupted(sharded, tmp_path)
-    run = train(*RUN, output_dir=tmp_path)
-    assert run.losses == pytest.approx(single.losses, rel=1e-5)
+def test_a_run_that_lost_its_metrics_still_gets_its_report(single: Finished, train: Train, tmp_path: Path) -> None:
+    folder = tmp_path / "train" / single.folder.parent.name / single.folder.name
+    shutil.copytree(single.folder, folder)
+    for name in ("metrics.csv", "report.html"):
+        (folder / name).unlink()
+    train(*RUN, output_dir=tmp_path, draw=True)
+    assert (folder / "report.html").is_file()
+    log = (folder / "train.log").read_text(encoding="utf-8")
+    assert f"{folder / 'metrics.csv'} is missing: the metrics of the steps up to 20 are lost." in log
 
 
 def test_a_finished_run_is_named_and_ends_well(single: Finished, train: Train, tmp_path) -> None:
