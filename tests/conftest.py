@@ -20,7 +20,7 @@ from tests.runs import TINY, Finished, Train, run_folders
 REPOSITORY = Path(__file__).resolve().parents[1]
 # The files that take longest. They come first, so that no worker is left with one of them while the others have nothing to do.
 SLOWEST = (
-    "training/test_independent.py", "training/test_equivalence.py", "training/test_train_command.py", "training/test_launchers.py", "training/test_failures.py", "evaluation/test_interruption.py",
+    "campaign/test_campaign.py", "training/test_independent.py", "training/test_equivalence.py", "training/test_train_command.py", "training/test_launchers.py", "training/test_failures.py", "evaluation/test_interruption.py",
     "training/test_pretrained.py", "training/test_lora.py", "training/test_optim.py", "training/test_tasks.py",
     "training/test_resume.py", "evaluation/test_ranks.py", "export/test_onnx.py", "training/test_foreign_towers.py",
     "test_real_photographs.py", "training/test_batch_norm.py", "training/test_changed_data.py", "export/test_open_clip.py",
