@@ -111,12 +111,12 @@ class Command:
         return ranks
 
     def workers(self) -> list[int]:
-        """Return the process ids of the data workers."""
+        """Return the process ids of the data workers: forked from a rank, unlike its other helpers."""
         ranks = self.ranks()
         return [
             process.pid
             for process in self.processes()
-            if process.parent in ranks and b"resource_tracker" not in _command_line(process.pid)
+            if process.parent in ranks and _command_line(process.pid) == _command_line(process.parent)
         ]
 
     def begun(self) -> list[int]:

@@ -17,7 +17,7 @@ RUN = (
     "callbacks.save_retry_s=0.5",
 )  # fmt: skip
 # Limits after which a stopped rank or worker ends a run, where the schema has them
-LIMITS = {"hang_timeout_s": 6, "data.timeout_s": 6}
+LIMITS = {"hang_timeout_s": 4, "data.timeout_s": 3}
 # Steps with a gradient that is not finite, on one rank: alone, in a row, and next to a checkpoint
 NON_FINITE_STEPS = (3, 8, 9, 17)
 
@@ -43,11 +43,7 @@ class Configuration:
         overrides = [*RUN, f"strategy={self.strategy}", f"data.num_workers={self.workers}"]
         overrides += [f"trainer.devices={self.ranks}"] if self.ranks > 1 else []
         overrides += ["callbacks.ema_decay=0.9"] if self.averaged else []
-        overrides += [
-            f"{key}={limit}"
-            for key, limit in LIMITS.items()
-            if has_key(key) and (self.workers or key != "data.timeout_s")
-        ]
+        overrides += [f"{key}={limit}" for key, limit in LIMITS.items() if has_key(key)]
         if self.non_finite:
             steps = ",".join(map(str, NON_FINITE_STEPS))
             target = f"_target_:tests.campaign.inside.NonFiniteGradient,rank:{self.ranks - 1},steps:[{steps}]"
