@@ -261,7 +261,7 @@ def _check_end(run: Run) -> None:
 
 def _litter(run: Run) -> list[str]:
     """Return temporary files that outlived the run: in its folders, in TMPDIR and in shared memory."""
-    names = (".writing-", ".lock-rank", ".error-rank")
+    names = (".writing-", ".lock-rank", ".error-rank", ".heartbeat-rank")
     found = [path for path in run.outputs.rglob(".*") if path.name.startswith(names) and not _never_began(path.parent)]
     found += (run.folder / "tmp").iterdir()
     found += [
