@@ -18,6 +18,7 @@ RUN = (
 )  # fmt: skip
 # Limits after which a stopped rank or worker ends a run, where the schema has them
 LIMITS = {"hang_timeout_s": 4, "data.timeout_s": 3}
+ASYNCHRONOUS = "checkpoint_async"
 # Steps with a gradient that is not finite, on one rank: alone, in a row, and next to a checkpoint
 NON_FINITE_STEPS = (3, 8, 9, 17)
 
@@ -44,6 +45,8 @@ class Configuration:
         overrides += [f"trainer.devices={self.ranks}"] if self.ranks > 1 else []
         overrides += ["callbacks.ema_decay=0.9"] if self.averaged else []
         overrides += [f"{key}={limit}" for key, limit in LIMITS.items() if has_key(key)]
+        if has_key(ASYNCHRONOUS):  # every strategy has runs of both kinds
+            overrides.append(f"{ASYNCHRONOUS}={str(self.workers == 0).lower()}")
         if self.non_finite:
             steps = ",".join(map(str, NON_FINITE_STEPS))
             target = f"_target_:tests.campaign.inside.NonFiniteGradient,rank:{self.ranks - 1},steps:[{steps}]"

@@ -486,8 +486,8 @@ KINDS = {
     "clock jump": Kind(jump_clock),
     "pause": Kind(pause, 2, ends=False),
     "signal": Kind(send_signal, 6),
-    "stopped rank": Kind(stop_rank, 2, needs="hang_timeout_s"),
-    "stopped worker": Kind(stop_worker, 2, needs="data.timeout_s"),
+    "stopped rank": Kind(stop_rank, 1, needs="hang_timeout_s"),
+    "stopped worker": Kind(stop_worker, 1, needs="data.timeout_s"),
 }
 # Not drawn, but part of a configuration, since the undisturbed run has it too
 NON_FINITE_STEP = "non-finite step"

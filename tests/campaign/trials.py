@@ -138,7 +138,8 @@ def _start(run: Run, kind: str, fault: Fault) -> bool:
         raise Deviation(f"exit code {code} without a fault")
     _check_start(run, command)
     folder = newest_run(run.outputs)
-    if struck and fault.destroys and folder is not None:
+    # A run that was killed after its report is complete, and nothing reads its files again.
+    if struck and fault.destroys and folder is not None and not (folder / "report.html").exists():
         result.fault += f" ({_destroy(run, fault, folder)})"
     return code == 0 and REPEAT not in command.errors
 
