@@ -249,7 +249,7 @@ def recover(run_dir: Path | str) -> None:
     """Complete or remove what a killed process left behind. Only for the process that holds the lock of the run."""
     for old, target in list(_replaced(run_dir)):
         if not target.exists():
-            old.rename(target)
+            _rename(old, target)
     for leftover in _entries(run_dir):
         if leftover.name.startswith(TEMPORARY):
             shutil.rmtree(leftover, ignore_errors=True)
@@ -264,8 +264,18 @@ def set_aside(run_dir: Path | str, damaged: Mapping[Path, str], after: int) -> N
         if checkpoint in damaged or step_of(checkpoint) > after:
             aside = checkpoint.with_name(f"{'damaged' if checkpoint in damaged else 'superseded'}-{checkpoint.name}")
             shutil.rmtree(aside, ignore_errors=True)
-            checkpoint.rename(aside)
+            _rename(checkpoint, aside)
             log.info("Renamed %s to %s.", checkpoint, aside.name)
+
+
+def _rename(checkpoint: Path, target: Path) -> None:
+    try:
+        checkpoint.rename(target)
+    except OSError as error:
+        raise CheckpointError(
+            f"{checkpoint} cannot be renamed to {target.name}: {error.strerror or error}. Free disk space or make the folder "
+            "writable, and repeat the same command."
+        ) from error
 
 
 def _entries(run_dir: Path | str) -> list[Path]:

@@ -16,8 +16,8 @@ RUN = (
     f"max_steps={STEPS}", "log_every_n_steps=1", f"checkpoint_every_n_steps={SAVED_EVERY}", "val_every_n_steps=6",
     "callbacks.save_retry_s=0.5",
 )  # fmt: skip
-# Limits after which a stopped rank or worker ends a run, where the schema has them
-LIMITS = {"hang_timeout_s": 4, "data.timeout_s": 3}
+# Limits after which a stopped rank or worker ends a run, where the schema has them; long enough for a busy machine
+LIMITS = {"hang_timeout_s": 6, "data.timeout_s": 8}
 ASYNCHRONOUS = "checkpoint_async"
 # Steps with a gradient that is not finite, on one rank: alone, in a row, and next to a checkpoint
 NON_FINITE_STEPS = (3, 8, 9, 17)

@@ -172,7 +172,12 @@ def _check_start(run: Run, command: Command) -> None:
     folder = newest_run(run.outputs)
     if folder is None:
         return
-    recorded = _recorded_step(folder)
+    try:
+        recorded = _recorded_step(folder)
+    except ValueError as error:
+        if run.recorded_before is None:
+            raise Deviation(f"run.json is damaged: {error}") from error
+        return  # by a fault, and this start was killed before it repaired it
     if recorded != run.recorded_before:
         run.acknowledged, run.recorded_before = max(run.acknowledged, recorded), None
     valid = _valid_steps(folder)
@@ -204,8 +209,6 @@ def _recorded_step(folder: Path) -> int:
         return read_json_object(folder / "run.json")[LAST_CHECKPOINT] or 0
     except FileNotFoundError:
         return 0  # not written yet
-    except (OSError, ValueError, KeyError) as error:
-        raise Deviation(f"run.json is damaged: {error}") from error
 
 
 def _resumed_step(output: str) -> int | None:

@@ -1,7 +1,9 @@
 """A checkpoint is whole or absent; what is damaged is found, and the one before it is used."""
 
+import errno
 import json
 import logging
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -67,6 +69,20 @@ def test_damaged_checkpoints_and_leftovers_are_set_aside(tmp_path) -> None:
     folders.recover(tmp_path)
     folders.set_aside(tmp_path, {folders.folder_of(tmp_path, 2): "empty"}, after=9)
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["damaged-step-000002", "step-000001"]
+
+
+def test_a_checkpoint_that_cannot_be_renamed_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint = write(tmp_path, 1)
+
+    def refuse(path: Path, target: Path) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Path, "rename", refuse)
+    with pytest.raises(
+        CheckpointError, match=r"step-000001 cannot be renamed to damaged-step-000001: No space left on"
+    ):
+        folders.set_aside(tmp_path, {checkpoint: "empty"}, after=9)
+    assert folders.latest(tmp_path) == checkpoint
 
 
 def test_a_failed_write_leaves_the_old_checkpoint_and_nothing_else(tmp_path) -> None:
