@@ -36,7 +36,7 @@ from clip_exp.data.files import (
 from clip_exp.data.images import check_strip, decode_rgb, preprocessing_of, train_transform
 from clip_exp.data.loader import WorkerLoader, caption_id
 from clip_exp.data.randomness import Draws
-from clip_exp.data.reading import reading
+from clip_exp.data.reading import ReadLimit, reading
 from clip_exp.data.tables.columns import BLANKS
 from clip_exp.progress import progress
 from clip_exp.storage import TextWriter
@@ -139,7 +139,7 @@ class RowScan(Dataset[np.ndarray]):
 
     def __getitem__(self, chunk: int) -> np.ndarray:
         rows = range(chunk * ROWS_PER_CHUNK, min((chunk + 1) * ROWS_PER_CHUNK, len(self.split)))
-        captions = [self.split.caption(row) for row in rows]
+        captions = [self._caption(row) for row in rows]
         records = [
             (
                 caption_id(ids[: self.context_length - 1]),
@@ -152,18 +152,25 @@ class RowScan(Dataset[np.ndarray]):
         ]
         return np.array(records, dtype=ROW)
 
+    def _caption(self, row: int) -> str:
+        reading(self.split.image_path(row))
+        return self.split.caption(row)
 
-def scan(dataset: Dataset[T], workers: int, what: str, total: int, chunk_size: int) -> Iterator[T]:
+
+def scan(dataset: Dataset[T], workers: int, limit: ReadLimit, what: str, total: int, chunk_size: int) -> Iterator[T]:
     """Yield the chunks of a data set in order, with a progress bar.
 
     Args:
         workers: maximum number of worker processes; 0: read in this process.
+        limit: longest wait for a worker that makes no progress.
         what: label of the progress bar.
         total: number of items in all chunks.
         chunk_size: number of items in each chunk but the last.
     """
     workers = min(workers, -(-total // chunk_size))
-    loader: DataLoader[T] = WorkerLoader(dataset, batch_size=None, num_workers=workers, collate_fn=_identity)
+    loader: DataLoader[T] = WorkerLoader(
+        dataset, limit=limit, batch_size=None, num_workers=workers, collate_fn=_identity
+    )
     with progress(total, what) as advance:
         for number, chunk in enumerate(loader):
             yield chunk
@@ -251,8 +258,8 @@ def scan_split(
     split: Split, config: CheckDataConfig, vocabulary: Vocabulary, workers: int, bad_samples: TextWriter
 ) -> Scanned:
     """Read all captions of a split, and all images or a sample of them."""
-    row_scan = RowScan(split, *vocabulary)
-    rows = [np.empty(0, ROW), *scan(row_scan, workers, f"{split.name}: captions", len(split), ROWS_PER_CHUNK)]
+    row_scan, limit = RowScan(split, *vocabulary), ReadLimit(config.data.timeout_s, "data.timeout_s")
+    rows = [np.empty(0, ROW), *scan(row_scan, workers, limit, f"{split.name}: captions", len(split), ROWS_PER_CHUNK)]
     chosen = choose(len(split.first_rows), config.max_images)
     image_scan = ImageScan(
         split,
@@ -264,7 +271,7 @@ def scan_split(
         preprocessing_of(config.model.image).resize_mode if split.name == VAL else None,
     )
     good, bad = [np.empty(0, IMAGE)], BadImages(split, bad_samples)
-    for records in scan(image_scan, workers, f"{split.name}: images", len(chosen), IMAGES_PER_CHUNK):
+    for records in scan(image_scan, workers, limit, f"{split.name}: images", len(chosen), IMAGES_PER_CHUNK):
         good.append(records.good)
         for image, reason in records.bad:
             bad.add(image, reason)
