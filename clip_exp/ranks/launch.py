@@ -153,16 +153,21 @@ def run_ranks(work: Callable[[Path], int], folder: Path, ranks: int, environment
             if process.poll() is None:
                 process.send_signal(number)
 
-    hang = None
+    hang, failed = None, False
     with handle_signals(forward):
         try:
             hang = _wait(processes, folder)
             if hang is None:
                 _wait_for_end(processes, SETTLE_S)
             codes = [process.poll() for process in processes]
+            failed = any(code not in (None, 0, PREEMPTED_EXIT_CODE) for code in codes) or bool(
+                failure.read_failures(folder)
+            )
         finally:
-            # A rank that hangs handles no signal, and the others wait for it: only SIGKILL ends them.
-            for action in (subprocess.Popen.kill,) if hang else (subprocess.Popen.terminate, subprocess.Popen.kill):
+            # A rank that hangs handles no signal. One that waits for a failed one has nothing to save, and would report a signal as
+            # if a user had stopped it.
+            at_once = hang is not None or failed
+            for action in (subprocess.Popen.kill,) if at_once else (subprocess.Popen.terminate, subprocess.Popen.kill):
                 for process in processes:
                     if process.poll() is None:
                         action(process)

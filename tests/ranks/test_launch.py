@@ -97,11 +97,12 @@ def test_the_rank_that_failed_in_cause_is_the_one_that_is_reported(
     ],
 )
 def test_a_rank_that_cannot_report_is_named(
-    tmp_path: Path, capsys: pytest.CaptureFixture, plan: tuple[str, ...], message: str
+    tmp_path: Path, capfd: pytest.CaptureFixture, plan: tuple[str, ...], message: str
 ) -> None:
+    """Only it: a rank that waits for it does not report that it was stopped."""
     code, record = run(tmp_path, *plan)
     assert (code, record["status"], record["exit_code"]) == (6, "failed", 6)
-    (output,) = capsys.readouterr().err.splitlines()
+    (output,) = capfd.readouterr().err.splitlines()
     assert re.match(f"error: {message}", output)
     assert record["error"] == [output.removeprefix("error: ")]
 
