@@ -33,7 +33,7 @@ COUNT, PID, LENGTH = range(3)  # words of a slot
 
 
 class Slot:
-    """What a worker is reading, in memory that it shares with the training process."""
+    """Report of a worker on what it reads, in memory that it shares with the training process."""
 
     def __init__(self, memory: Any, worker: int) -> None:
         view = memoryview(memory).cast("B")[worker * SLOT : (worker + 1) * SLOT]
