@@ -15,6 +15,7 @@ import os
 import re
 import signal
 import threading
+import time
 import traceback
 import weakref
 from array import array
@@ -313,6 +314,7 @@ def _int64(values: Iterable[int]) -> Tensor:
 T_co = TypeVar("T_co", covariant=True)
 MAX_WORKERS_ON_CPU = 8  # chosen automatically, if training computes on the CPU
 SHARED_MEMORY = "/dev/shm"
+PARENT_S = 5.0  # time between looks of a worker at its parent, as torch's
 _LOADER = inspect.getfile(DataLoader)
 # torch's messages: "unable to allocate shared memory(shm) for file </torch_1_2_3>: No space left on device (28)",
 # "unable to write to file </torch_…>", and for a worker killed by SIGBUS: "It is possible that dataloader's workers are
@@ -352,9 +354,8 @@ class WorkerLoader(DataLoader[T_co]):
                 return super().__iter__()
             if not self.persistent_workers:
                 self.slots = Slots.create(self.num_workers)
-            # The kernel ends a child with the thread that started it.
             in_main_thread = threading.current_thread() is threading.main_thread()
-            self.worker_init_fn = partial(init_worker, slots=self.slots, die_with_parent=in_main_thread)
+            self.worker_init_fn = partial(init_worker, slots=self.slots, in_main_thread=in_main_thread)
             return WatchedBatches(super().__iter__(), self.slots, self.limit, _of_this_rank)
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
@@ -423,7 +424,7 @@ def _tensors(value: Any) -> Iterator[Tensor]:
             yield from _tensors(inner)
 
 
-def init_worker(worker: int, slots: Slots, die_with_parent: bool) -> None:
+def init_worker(worker: int, slots: Slots, in_main_thread: bool) -> None:
     """Report rows in this worker's slot, and ignore the signals that stop or preempt a run.
 
     The training process handles them, and needs more batches to finish its step.
@@ -434,11 +435,13 @@ def init_worker(worker: int, slots: Slots, die_with_parent: bool) -> None:
     Args:
         worker: number of the worker.
         slots: slots of the loader's workers.
-        die_with_parent: let the kernel kill this process with its parent, even if it is stopped.
+        in_main_thread: whether the parent's main thread started this process, so that the kernel may report the end of that thread.
     """
     slots.use(worker)
-    if die_with_parent:
-        watchdog.die_with_parent()
+    if in_main_thread:
+        # A stopped worker would never notice that its parent has ended. It is not killed, since it may be creating a file in
+        # shared memory, which would stay.
+        watchdog.signal_at_end_of_parent(signal.SIGCONT)
     for ignored in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(ignored, signal.SIG_IGN)
     parent = multiprocessing.parent_process()  # os.getppid() may return the fork server
@@ -446,8 +449,12 @@ def init_worker(worker: int, slots: Slots, die_with_parent: bool) -> None:
         parent_id = parent.pid
 
         def end_with_parent() -> None:
-            while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent_id:
-                pass
+            while parent.is_alive():
+                received = signal.sigtimedwait({signal.SIGTERM}, PARENT_S)
+                if received is not None and received.si_pid == parent_id:
+                    os._exit(0)
+            # torch ends a worker without a parent, but not one that waits for its row.
+            time.sleep(2 * PARENT_S)
             os._exit(0)
 
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})

@@ -112,18 +112,18 @@ def _in_debugger(thread: int) -> bool:
     return False
 
 
-def die_with_parent(active: bool = True) -> None:
-    """Let the kernel kill this process when the thread that started it ends; does nothing on systems other than Linux."""
+def signal_at_end_of_parent(number: int) -> None:
+    """Let the kernel send a signal to this process when the thread that started it ends (0: none); only on Linux."""
     if sys.platform == "linux":
         pr_set_pdeathsig = 1
-        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL if active else 0)
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, number)
 
 
 def main() -> None:
     """Watch the ranks of a folder until this process's parent, or the last of them, ends."""
     folder, (ranks, nodes), function = Path(sys.argv[1]), map(int, sys.argv[2:4]), sys.argv[4]
     parent = os.getppid()
-    die_with_parent()
+    signal_at_end_of_parent(signal.SIGKILL)
     for number in STOP_SIGNALS:  # sent to the process group: the ranks handle them
         signal.signal(number, signal.SIG_IGN)
     watch = Watch(folder, ranks, judge_stopped=ranks > 1, nodes=nodes)
@@ -136,7 +136,7 @@ def main() -> None:
 
 def _end(watch: Watch, hang: Failure, folder: Path, function: str) -> None:
     """Report that a rank hangs, and end all ranks of this machine; those of others end as they find the report."""
-    die_with_parent(False)  # it is about to end
+    signal_at_end_of_parent(0)  # it is about to end
     # Print first: everything else may fail.
     print(printable(hang.message), file=sys.stderr, flush=True)
     with suppress(Exception):

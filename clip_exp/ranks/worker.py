@@ -2,13 +2,14 @@
 
 import importlib
 import os
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
 from clip_exp.ranks.failure import Reporter, exit_on_signals, lock_rank, reporting_to
-from clip_exp.ranks.watchdog import die_with_parent
+from clip_exp.ranks.watchdog import signal_at_end_of_parent
 
 
 def command_line(work: Callable[[Path], int], folder: Path) -> list[str]:
@@ -20,7 +21,7 @@ def main() -> NoReturn:
     """Call the function named on the command line, and exit with its result, or with the exit code of its failure."""
     module, function = sys.argv[1].split(":")
     folder, rank = Path(sys.argv[2]), int(os.environ["RANK"])
-    die_with_parent()
+    signal_at_end_of_parent(signal.SIGKILL)
     reporter = Reporter(folder, rank)
     # Until the work installs its own handlers, a signal ends this rank immediately: nothing can be lost yet.
     with exit_on_signals(silent=rank > 0), reporting_to(reporter):

@@ -43,6 +43,7 @@ class Command:
         self.folder, self.configuration = folder, configuration
         self.outputs, self.temporary = folder / "outputs", folder / "tmp"
         self.temporary.mkdir(exist_ok=True)
+        self.struck: set[int] = set()  # process ids of those that were killed or stopped where they were
         self._files = [folder / f"start-{number:02d}.{name}" for name in ("out", "err")]
         environment = {key: value for key, value in os.environ.items() if key not in NOT_HANDED_ON}
         self._process = start_forked(
@@ -128,10 +129,21 @@ class Command:
             if process.pid == self.pid or not (waiting and process.session == self.pid)
         ]
 
+    def send(self, pids: list[int], number: int) -> bool:
+        """Send a signal to processes; return False if all of them have ended."""
+        if number in (signal.SIGKILL, signal.SIGSTOP):
+            self.struck.update(pids)
+        sent = False
+        for pid in pids:
+            with suppress(ProcessLookupError):
+                os.kill(pid, number)
+                sent = True
+        return sent
+
     def kill_all(self) -> None:
         """Kill every process at once."""
         while found := self.processes():
-            send_all([process.pid for process in found], signal.SIGKILL)
+            self.send([process.pid for process in found], signal.SIGKILL)
             self._process.join(0.05)
 
     def await_end_of_all(self, timeout_s: float) -> list[Process]:
@@ -147,16 +159,6 @@ def describe(configuration: Configuration, outputs: Path) -> str:
     allowed = " ".join(f"{name}={value}" for name, value in ALLOWED.items())
     words = shlex.join((*configuration.overrides, f"output_dir={outputs}"))
     return f"{allowed} python train.py {words}"
-
-
-def send_all(pids: list[int], number: int) -> bool:
-    """Send a signal to processes; return False if all of them have ended."""
-    sent = False
-    for pid in pids:
-        with suppress(ProcessLookupError):
-            os.kill(pid, number)
-            sent = True
-    return sent
 
 
 def newest_run(outputs: Path) -> Path | None:

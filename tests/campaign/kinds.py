@@ -20,7 +20,7 @@ from typing import ClassVar, NamedTuple
 from clip_exp.checkpoints.folders import checkpoints, damage, step_of
 from clip_exp.runs import RunRecord
 from tests.campaign import inside
-from tests.campaign.commands import Command, send_all
+from tests.campaign.commands import Command
 from tests.campaign.configurations import SAVED_EVERY, STEPS, Configuration, has_key
 from tests.campaign.moments import Moment, Phase, draw_moment, last_step
 from tests.training.damaged_runs import contents_of, damaged_parts, flip, truncate, zero
@@ -98,7 +98,7 @@ class Kill(Fault):
 
     def strike(self, command: Command) -> bool:
         found = _targets(command, self.target)
-        return send_all(found, signal.SIGKILL)
+        return command.send(found, signal.SIGKILL)
 
     def problem(self, command: Command) -> str | None:
         if self.target == WORKER and command.code == 3:
@@ -369,9 +369,9 @@ class Pause(Fault):
 
     def strike(self, command: Command) -> bool:
         found = _targets(command, self.target)
-        stopped = send_all(found, signal.SIGSTOP)
+        stopped = command.send(found, signal.SIGSTOP)
         time.sleep(self.seconds)
-        send_all(found, signal.SIGCONT)
+        command.send(found, signal.SIGCONT)
         return stopped
 
 
@@ -390,7 +390,7 @@ class Stop(Fault):
         return f"{self.target} at {self.moment}"
 
     def strike(self, command: Command) -> bool:
-        return send_all(_targets(command, self.target), signal.SIGSTOP)
+        return command.send(_targets(command, self.target), signal.SIGSTOP)
 
     def problem(self, command: Command) -> str | None:
         expected, text = (3, "worker") if self.target == WORKER else (6, self.target)
@@ -428,7 +428,7 @@ class Signal(Fault):
 
     def strike(self, command: Command) -> bool:
         found = command.begun() if self.target == EVERYTHING else _targets(command, self.target)
-        return send_all(found, self.number)
+        return command.send(found, self.number)
 
     def problem(self, command: Command) -> str | None:
         code, run = command.code, command.run_folder

@@ -25,7 +25,7 @@ from tests.campaign.references import Reference, differences
 
 COMMAND_S = 150  # a command that runs longer hangs
 REPEAT = "repeat the command to write its report"  # in the message of a run that trained, and then found no space for its report
-ORPHANS_S = 15  # time for the workers of a killed rank to notice that it has gone
+ORPHANS_S = 20  # time for the workers of a killed rank to notice that it has gone
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,9 @@ class Run:
     recorded_before: int | None = None  # step that `run.json` still names, and whose checkpoint a fault destroyed
     metrics_after: int = 0  # up to this step rows of `metrics.csv` were destroyed
     starts: int = 0
-    pids: set[int] = field(default_factory=set)  # of all processes seen
+    # Of all processes seen that could tidy up. A worker that is killed where it is may leave the batch in shared memory whose file
+    # it is just creating; torch removes the name a moment later.
+    pids: set[int] = field(default_factory=set)
 
     @property
     def outputs(self) -> Path:
@@ -126,6 +128,7 @@ def _start(run: Run, kind: str, fault: Fault) -> bool:
     run.pids |= {process.pid for process in command.processes()}
     came = came and fault.strike(command)
     code = _await_end(command)
+    run.pids -= command.struck
     struck = came and fault.has_struck(command)
     outcome = f"exit {code}" if struck else f"did not strike, exit {code}"
     seconds = time.monotonic() - began_s
