@@ -65,6 +65,7 @@ def start_or_stop(config: TrainConfig) -> tuple[tuple[Path, int] | None, str]:
 def test_damaged_runs_resume_with_a_warning_or_stop(
     seeds: range,
     folder: Path,
+    tmp_path: Path,
     config: TrainConfig,
     monkeypatch: pytest.MonkeyPatch,
     capsys,
@@ -82,7 +83,7 @@ def test_damaged_runs_resume_with_a_warning_or_stop(
 
     monkeypatch.setattr(runs, "read_run_config", read_intact_once)
     whole = (folder / "config.yaml").read_bytes()
-    saved, intact = folder.parents[3] / "saved", contents_of(folder)
+    saved, intact = tmp_path / "saved", contents_of(folder)
     shutil.copytree(folder, saved)
     outcomes = {"resumed": 0, "stopped": 0}
     for seed in seeds:
