@@ -39,6 +39,7 @@ Predictor.forward = forward
 RUN = (
     "--config-dir", "mine/conf", *(o for o in SMALL if not o.startswith(("resume", "data."))), "data=photo_folder", "data.root=photos",
     "loss=predictor", "data/transform=cutout", "data.transform.hole=8", "callbacks=ema", "max_steps=6", "checkpoint_every_n_steps=2",
+    "checkpoint_async=false",  # the kill comes milliseconds after a save
 )  # fmt: skip
 
 
