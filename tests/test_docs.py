@@ -158,3 +158,17 @@ def test_the_way_from_a_csv_to_a_scored_model(command, single, tmp_path, monkeyp
     )
     used = command(str(script), cwd=tmp_path)
     assert used.returncode == 0, used.stderr
+
+
+PROOFS = [
+    (page.name, *proof)
+    for page in PAGES
+    for proof in re.findall(r"`pytest ((?:tests/\S+\.py ?)+)(?:-k \"?([\w ]+?)\"?)?`", page.read_text(encoding="utf-8"))
+]
+
+
+@pytest.mark.parametrize(("page", "paths", "words"), PROOFS)
+def test_the_test_that_proves_a_promise_exists(page: str, paths: str, words: str) -> None:
+    texts = [(REPOSITORY / path).read_text(encoding="utf-8") for path in paths.split()]
+    names = [name for text in texts for name in re.findall(r"^def (test_\w+)", text, re.MULTILINE)]
+    assert any(word in name for word in words.split(" or ") for name in names), page
