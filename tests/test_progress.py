@@ -126,5 +126,6 @@ def test_training_in_a_notebook_shows_a_bar_and_writes_its_table_as_text(
         "seconds": 1.0,
         "samples_per_s": None,
         "metrics": {"train/loss": 2.0},
+        "goodput": {"restarts": 0},
     }
     assert "train/loss" in _table(tmp_path, summary)

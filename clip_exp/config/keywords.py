@@ -66,9 +66,12 @@ class TrainKeywords(TypedDict, total=False):
     micro_batch_size: int | None
     precision: str
     compile: bool
+    max_skipped_steps: int
     log_every_n_steps: int
     val_every_n_steps: int | None
     checkpoint_every_n_steps: int | None
+    hang_timeout_s: float | None
+    checkpoint_async: bool | str
     keep_checkpoints: int | str
     keep_every_n_steps: int | None
     monitor: str | None

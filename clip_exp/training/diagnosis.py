@@ -22,7 +22,6 @@ from clip_exp.config.training import TrainConfig
 from clip_exp.data.datamodule import PairsDataModule
 from clip_exp.data.repeats import equal_captions
 from clip_exp.devices import exact_float32
-from clip_exp.losses.custom.loss import CustomLoss
 from clip_exp.training.metrics import StepMetrics
 from clip_exp.training.optim import warmup_length
 
@@ -209,11 +208,9 @@ class Diagnosis(pl.Callback):
 
 def watched_towers(pl_module: Any) -> tuple[str, ...]:
     """Return the towers that have trained weights, and whose features the loss takes."""
-    loss = pl_module.loss
-    takes_all = not isinstance(loss, CustomLoss) or loss.takes_all
+    taken = getattr(pl_module.loss, "towers", TOWERS)
     return tuple(
         tower
         for tower in TOWERS
-        if any(weight.requires_grad for weight in getattr(pl_module.model, tower).parameters())
-        and (takes_all or f"{tower}_features" in loss.names)
+        if tower in taken and any(weight.requires_grad for weight in getattr(pl_module.model, tower).parameters())
     )

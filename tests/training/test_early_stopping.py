@@ -22,7 +22,7 @@ OF_TASK = ("task=digits", "task_every_n_steps=1", "monitor=digits/top1")
 def early_stopping(folder: Path, *overrides: str) -> EarlyStopping:
     """Return the callback of a run that stops early."""
     config = train_config("data=shapes", "patience=2", *overrides)
-    data: Any = SimpleNamespace(num_rows=100, val_images=None)
+    data: Any = SimpleNamespace(num_rows=100, val_images=None, images_of_step=list)
     callbacks = _build_callbacks(config, folder, SafeCheckpointIO(), 100, data, training_tasks(config))
     (found,) = (callback for callback in callbacks if isinstance(callback, EarlyStopping))
     return found

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
+from clip_exp.config.model import TOWERS
 from clip_exp.config.targets import parameters_of
 from clip_exp.errors import ConfigError
 from clip_exp.losses.batch import CLIPOutput, gather, gather_with_grad
@@ -31,6 +32,7 @@ class CustomLoss(nn.Module):
         names: names of the arguments of the user's loss.
         required: those without a default.
         takes_all: whether it takes all inputs, as `**inputs`.
+        towers: towers whose features it takes.
         needs_batch: whether the loss needs more than features and ids, so that it cannot be computed in validation.
     """
 
@@ -42,6 +44,7 @@ class CustomLoss(nn.Module):
         self.takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
         self.names = {name for name, p in parameters.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
         self.required = {name for name in self.names if parameters[name].default is parameters[name].empty}
+        self.towers = [tower for tower in TOWERS if self.takes_all or f"{tower}_features" in self.names]
         for module in self.modules():
             if module not in (self, function) and any(p.requires_grad for p in module.parameters(recurse=False)):
                 _compute_in_own_dtype(module)
