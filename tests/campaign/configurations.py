@@ -32,6 +32,7 @@ class Configuration:
     workers: int
     averaged: bool = False  # averaged weights, which DeepSpeed does not have
     non_finite: bool = False  # some steps have a gradient that is not finite, on the last rank
+    limited: bool = True  # stopped processes end the run in seconds
 
     @property
     def name(self) -> str:
@@ -44,7 +45,7 @@ class Configuration:
         overrides = [*RUN, f"strategy={self.strategy}", f"data.num_workers={self.workers}"]
         overrides += [f"trainer.devices={self.ranks}"] if self.ranks > 1 else []
         overrides += ["callbacks.ema_decay=0.9"] if self.averaged else []
-        overrides += [f"{key}={limit}" for key, limit in LIMITS.items() if has_key(key)]
+        overrides += [f"{key}={limit}" for key, limit in LIMITS.items() if self.limited and has_key(key)]
         if has_key(ASYNCHRONOUS):  # every strategy has runs of both kinds
             overrides.append(f"{ASYNCHRONOUS}={str(self.workers == 0).lower()}")
         if self.non_finite:

@@ -471,6 +471,7 @@ class Kind(NamedTuple):
         return not self.needs or has_key(self.needs)
 
 
+STOPPED = "stopped"  # start of the names of kinds after which a run must end within `LIMITS`
 KINDS = {
     "SIGKILL of the launcher": Kind(kill_launcher),
     "SIGKILL of a rank": Kind(kill_rank),

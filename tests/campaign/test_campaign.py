@@ -5,12 +5,20 @@ from pathlib import Path
 import pytest
 
 from tests.campaign.campaign import ALL_KINDS, Campaign
+from tests.campaign.kinds import STOPPED
+
+# On a busy machine a run may be slower than the limits within which stopped processes end it; tests/training/test_hangs.py has those.
+PATIENT = tuple(kind for kind in ALL_KINDS if not kind.startswith(STOPPED))
 
 
 @pytest.mark.timeout(3600)
-@pytest.mark.parametrize("faults", [20, pytest.param(100, marks=pytest.mark.exhaustive)])
-def test_runs_with_faults_end_bitwise_equal_or_say_what_to_do(faults: int, tmp_path: Path) -> None:
-    campaign = Campaign(faults, seed=faults, kinds=ALL_KINDS, folder=tmp_path)
+@pytest.mark.parametrize(
+    ("faults", "kinds"), [(20, PATIENT), pytest.param(100, ALL_KINDS, marks=pytest.mark.exhaustive)], ids=["20", "100"]
+)
+def test_runs_with_faults_end_bitwise_equal_or_say_what_to_do(
+    faults: int, kinds: tuple[str, ...], tmp_path: Path
+) -> None:
+    campaign = Campaign(faults, seed=faults, kinds=kinds, folder=tmp_path)
     campaign.run()
     assert campaign.deviations == []
 

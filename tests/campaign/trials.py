@@ -3,7 +3,7 @@
 import re
 import shutil
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from random import Random
 
@@ -19,7 +19,7 @@ from tests.campaign.configurations import (
     Configuration,
     has_key,
 )
-from tests.campaign.kinds import KINDS, NON_FINITE_STEP, Fault
+from tests.campaign.kinds import KINDS, NON_FINITE_STEP, STOPPED, Fault
 from tests.campaign.moments import await_moment
 from tests.campaign.references import Reference, differences
 
@@ -42,7 +42,8 @@ def draw_trial(seed: int, number: int, kinds: tuple[str, ...]) -> Trial:
     chance = Random(f"{seed}/{number}")
     non_finite = has_key(NON_FINITE_NEEDS) and NON_FINITE_STEP in kinds
     configurations = [each for each in CONFIGURATIONS if non_finite or not each.non_finite]
-    configuration = configurations[number % len(configurations)]
+    limited = any(name.startswith(STOPPED) for name in kinds)
+    configuration = replace(configurations[number % len(configurations)], limited=limited)
     steps = sorted(chance.sample(range(1, STEPS + 1), chance.randint(3, 7)))
     possible = {name: KINDS[name] for name in kinds if name in KINDS and KINDS[name].is_possible}
     faults: list[tuple[str, Fault]] = []
