@@ -86,6 +86,7 @@ LIGHTNING = {
     "trainer.logger": use("logger"),
     "trainer.callbacks": use("callbacks.extra={{mine: {{_target_: …}}}}"),
     "trainer.plugins": use(note="The keys precision and strategy choose the plugins: leave it out."),
+    "trainer.terminate_on_nan": use("max_skipped_steps=0"),
     "trainer.min_epochs": NO_MINIMUM,
     "trainer.min_steps": NO_MINIMUM,
     "trainer.accumulate_grad_batches": ACCUMULATION,
