@@ -143,7 +143,7 @@ class SafeCheckpointIO(CheckpointIO):
         return state
 
     def remove_checkpoint(self, path: str | Path) -> None:
-        raise NotImplementedError("clip_exp.training.callbacks.Checkpointer removes checkpoints")
+        raise NotImplementedError("clip_exp.training.saving.Checkpointer removes checkpoints")
 
 
 def read_state(checkpoint: Path, key: str) -> dict[str, Any]:

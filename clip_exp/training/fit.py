@@ -54,14 +54,10 @@ from clip_exp.runs import LAST_CHECKPOINT, RunRecord, with_saved_tokenizer
 from clip_exp.text.tokenizer import build_tokenizer
 from clip_exp.training.callbacks import (
     AveragedWeights,
-    Checkpointer,
-    Preempted,
-    Preemption,
     Progress,
     ReportFailure,
     SameRanks,
     StopAtEnd,
-    TimeIsUp,
     explain,
     extra_callbacks,
 )
@@ -74,6 +70,7 @@ from clip_exp.training.module import CLIPModule, ZeroShot
 from clip_exp.training.opening import EarlierRun, lost, start_weights
 from clip_exp.training.optim import prepare
 from clip_exp.training.preflight import check_validation_classes, is_of_task, monitor_mode, steps_of, training_tasks
+from clip_exp.training.saving import Checkpointer, Preempted, Preemption, TimeIsUp
 from clip_exp.training.skipped_steps import SkippedSteps
 from clip_exp.training.strategies import GroupEnvironment, deepspeed_strategy
 from clip_exp.training.summary import conclude

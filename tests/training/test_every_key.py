@@ -238,8 +238,8 @@ NOT_THE_RESULT = {
     "val_every_n_steps": "how often it is validated",
     "checkpoint_every_n_steps": "how often it is saved",
     "hang_timeout_s": "when a run that hangs ends (tests/training/test_hangs.py)",
-    "keep_checkpoints": "how many checkpoints stay (tests/training/test_callbacks.py)",
-    "keep_every_n_steps": "which checkpoints stay (tests/training/test_callbacks.py)",
+    "keep_checkpoints": "how many checkpoints stay (tests/training/test_saving.py)",
+    "keep_every_n_steps": "which checkpoints stay (tests/training/test_saving.py)",
     "task": "what is scored beside it (tests/training/test_tasks.py)",
     "task_every_n_steps": "how often that is scored (tests/training/test_tasks.py)",
 }

@@ -12,8 +12,8 @@ from pytorch_lightning.utilities import rank_zero_only
 
 from clip_exp.ranks import group
 from clip_exp.training import strategies
-from clip_exp.training.callbacks import Preemption
 from clip_exp.training.fit import build_trainer
+from clip_exp.training.saving import Preemption
 from clip_exp.training.strategies import PortableDeepSpeedStrategy
 from tests.compose import train_config
 from tests.training.test_launchers import LEFT_OVER

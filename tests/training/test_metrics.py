@@ -25,7 +25,7 @@ from clip_exp.data import datamodule, loader
 from clip_exp.data.loader import Collate
 from clip_exp.runs import read_metrics
 from clip_exp.training import metrics, summary, tasks
-from clip_exp.training.callbacks import AveragedWeights, Checkpointer
+from clip_exp.training.callbacks import AveragedWeights
 from clip_exp.training.metrics import (
     GPUClock,
     LoaderWatch,
@@ -43,6 +43,7 @@ from clip_exp.training.metrics import (
     workers_needed,
 )
 from clip_exp.training.module import CLIPModule
+from clip_exp.training.saving import Checkpointer
 from clip_exp.training.skipped_steps import SkippedSteps
 from tests.compose import train_config
 from tests.runs import TINY, Train, unfinish
