@@ -155,22 +155,22 @@ def remove_leftovers(target: Path) -> None:
     """Remove temporary files of killed processes for a target. No other process may be writing the target."""
     stem = f"{TEMPORARY}{target.name}"
     for path in target.parent.glob(f"{glob.escape(stem)}-*"):
-        # The temporary file of a target with a longer name
-        if path.name.rpartition("-")[0] != stem:
-            continue
-        if path.is_dir():
-            shutil.rmtree(path, ignore_errors=True)
-        else:
-            path.unlink(missing_ok=True)
+        # Not the temporary file of a target with a longer name
+        if path.name.rpartition("-")[0] == stem:
+            _remove(path)
 
 
 def remove_all_leftovers(folder: Path) -> None:
     """Remove temporary files of killed processes directly in a folder. No other process may be writing in it."""
     for path in folder.glob(f"{TEMPORARY}*"):
-        if path.is_dir():
-            shutil.rmtree(path, ignore_errors=True)
-        else:
-            path.unlink(missing_ok=True)
+        _remove(path)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 @cache
