@@ -314,7 +314,8 @@ def _int64(values: Iterable[int]) -> Tensor:
 T_co = TypeVar("T_co", covariant=True)
 MAX_WORKERS_ON_CPU = 8  # chosen automatically, if training computes on the CPU
 SHARED_MEMORY = "/dev/shm"
-PARENT_S = 5.0  # time between looks of a worker at its parent, as torch's
+PARENT_S = 2.0  # time between looks of a worker at its parent
+ORPHAN_S = 6.0  # time for a worker without a parent to end by itself: torch looks every five seconds
 _LOADER = inspect.getfile(DataLoader)
 # torch's messages: "unable to allocate shared memory(shm) for file </torch_1_2_3>: No space left on device (28)",
 # "unable to write to file </torch_…>", and for a worker killed by SIGBUS: "It is possible that dataloader's workers are
@@ -444,17 +445,18 @@ def init_worker(worker: int, slots: Slots, in_main_thread: bool) -> None:
         watchdog.signal_at_end_of_parent(signal.SIGCONT)
     for ignored in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(ignored, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()  # os.getppid() may return the fork server
-    if parent is not None and hasattr(signal, "sigwaitinfo"):
-        parent_id = parent.pid
+    parent = multiprocessing.parent_process()
+    if parent is not None and hasattr(signal, "sigtimedwait"):
+        parent_id, started_by = parent.pid, os.getppid()
 
         def end_with_parent() -> None:
-            while parent.is_alive():
+            # Not `parent.is_alive()`, which waits for workers that were forked later, too.
+            while os.getppid() == started_by:
                 received = signal.sigtimedwait({signal.SIGTERM}, PARENT_S)
                 if received is not None and received.si_pid == parent_id:
                     os._exit(0)
             # torch ends a worker without a parent, but not one that waits for its row.
-            time.sleep(2 * PARENT_S)
+            time.sleep(ORPHAN_S)
             os._exit(0)
 
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})

@@ -116,7 +116,7 @@ def _join(work: Work) -> tuple[Path, int]:
         if not finished:
             held.enter_context(failure.lock_rank(folder, rank))
             group.gather_objects(rank)  # a barrier: all ranks have locks, so no rank of an earlier start is running
-            group.from_main(lambda: _clear(folder))
+            group.from_main(lambda: _remove_reports(folder))
             # clip_exp's launcher does not watch these ranks, so each reports its failure to the others, and watches them.
             reporter = Reporter(
                 folder, rank, lambda failed: work.note(folder, "failed", **failure.facts(failed.message, failed.code))
@@ -143,7 +143,7 @@ def run_ranks(work: Callable[[Path], int], folder: Path, ranks: int, environment
         ranks: number of processes.
         environment: additional environment variables of every rank.
     """
-    _clear(folder)
+    _remove_reports(folder)
     processes = _start(command_line(work, folder), ranks, environment)
     forwarded: list[int] = []
 
@@ -177,13 +177,18 @@ def run_ranks(work: Callable[[Path], int], folder: Path, ranks: int, environment
     else:
         failure.write_log(folder, hang)
         ended = Ended(hang.code, "failed", hang.message)
-    _clear(folder)
-    failure.remove_rank_locks(folder)
+    clear(folder)
     return ended
 
 
-def _clear(folder: Path) -> None:
-    """Remove reports and heartbeats of ranks, all of which have ended."""
+def clear(folder: Path) -> None:
+    """Remove what ranks leave in the folder of their work. Call this only after all of them have ended."""
+    _remove_reports(folder)
+    failure.remove_rank_locks(folder)
+
+
+def _remove_reports(folder: Path) -> None:
+    """Remove what ranks of an earlier start have reported: failures and heartbeats."""
     failure.remove_reports(folder)
     remove_heartbeats(folder)
 

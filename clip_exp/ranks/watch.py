@@ -70,8 +70,9 @@ class Pulse:
 
     @property
     def code(self) -> int:
-        """Exit code if this rank is the culprit."""
-        return (DataError if self.row or self.phase is Phase.data else DistributedError).exit_code
+        """Exit code if this rank is the culprit. It is not the fault of its data if a signal stopped it while it read a row."""
+        reads = (self.row or self.phase is Phase.data) and not self.stopped
+        return (DataError if reads else DistributedError).exit_code
 
     def condemn(self, code: int) -> None:
         """Ask the rank to end with an exit code."""

@@ -1,7 +1,7 @@
 """Start of a training run: check the configuration, open the run folder, and start the processes (one device needs only this one)."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from logging import LogRecord
 from pathlib import Path
@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 from clip_exp.config.training import TrainConfig
 from clip_exp.data.preflight import RunTables
 from clip_exp.devices import Devices, resolve_accelerator
-from clip_exp.errors import ConfigError
+from clip_exp.errors import ClipExpError, ConfigError
 from clip_exp.ranks.environment import started_by_launcher
 from clip_exp.ranks.failure import exit_on_signals
-from clip_exp.ranks.launch import Opened, Work, launch_work
+from clip_exp.ranks.launch import Opened, Work, clear, launch_work
 from clip_exp.runs import RunRecord, lock
 from clip_exp.training.messages import buffered_logging, logging_to
 from clip_exp.training.opening import open_run
@@ -76,6 +76,8 @@ class Training(Work):
         folder = opening.folder
         if opening.complete:
             opening.claim()
+            with suppress(ClipExpError), lock(folder):  # it may have been killed after its report
+                clear(folder)
             print(f"{folder}: this run is already finished. Set resume=never to start another.")
             yield Opened(folder, finished=True)
             return

@@ -96,6 +96,19 @@ def test_a_rank_that_reads_a_row_forever_ends_the_run_as_bad_data_and_the_row_is
     assert "reading images/ä 7.jpg (limit 4 s, set by data.timeout_s)" in found.message
 
 
+def test_a_rank_that_was_stopped_while_it_read_a_row_is_no_bad_data(
+    tmp_path: Path, clock: list[float], states: dict[int, str]
+) -> None:
+    _, second = heartbeats(tmp_path)
+    second.enter(Phase.data, 5)
+    second.reading("images/7.jpg")
+    as_process(second, 4711)
+    states[4711] = "T"
+    found = looked(Watch(tmp_path, 2), clock, READ_S + 2)
+    assert found is not None
+    assert found.code == 6
+
+
 def test_a_row_that_has_been_read_is_not_blamed(tmp_path: Path, clock: list[float]) -> None:
     (own,) = heartbeats(tmp_path, 1)
     own.enter(Phase.validation)

@@ -182,8 +182,12 @@ def test_a_run_that_lost_its_metrics_still_gets_its_report(single: Finished, tra
 def test_a_finished_run_is_named_and_ends_well(single: Finished, train: Train, tmp_path) -> None:
     folder = tmp_path / "train" / single.folder.parent.name / single.folder.name
     shutil.copytree(single.folder, folder)
+    left = [folder / name for name in (".lock-rank0", ".heartbeat-rank0", ".error-rank1")]
+    for path in left:  # it was killed after its report
+        path.touch()
     assert "this run is already finished" in train(*RUN, output_dir=tmp_path).output
     assert run_folders(tmp_path) == [folder]
+    assert not any(path.exists() for path in left)
 
 
 def test_a_run_killed_while_its_report_was_drawn_gets_it_by_the_same_command(
