@@ -155,6 +155,8 @@ def _create(path: Path) -> mmap.mmap:
             memory = mmap.mmap(file.fileno(), SIZE)
         temporary.replace(path)
     except OSError:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
         return mmap.mmap(-1, SIZE)
     return memory
 

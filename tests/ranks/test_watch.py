@@ -1,5 +1,6 @@
 """A watcher names the rank that hangs, not those that wait for it, and takes nothing else for a hang."""
 
+import errno
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -204,9 +205,17 @@ def test_what_a_killed_rank_left_behind_is_removed(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_a_full_disk_costs_the_watch_and_not_the_run(tmp_path: Path, clock: list[float]) -> None:
-    (tmp_path / f"{FILE}0.new").mkdir()
-    own = Heartbeat(tmp_path, 0, HANG_S, READ_S)
+@pytest.mark.parametrize("operation", ["write_bytes", "replace"])
+def test_a_full_disk_costs_the_watch_and_not_the_run_and_nothing_is_left(
+    operation: str, tmp_path: Path, clock: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, operation, refused)
+        own = Heartbeat(tmp_path, 0, HANG_S, READ_S)
     own.enter(Phase.forward, 1)
     own.reading("images/7.jpg")
     assert looked(Watch(tmp_path, 1), clock, 100 * HANG_S) is None
+    assert list(tmp_path.iterdir()) == []
