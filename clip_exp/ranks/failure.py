@@ -65,6 +65,9 @@ class Reporter:
         """Write the report of a failure, and start the timer that ends this process."""
         if self.failure is not None:
             return self.failure
+        if threading.current_thread() is threading.main_thread():
+            # torch raises an exception about a killed worker wherever the training thread is, also in the middle of the report.
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         self.failure = failure = describe(self.rank, error)
 
         def end() -> None:

@@ -1,15 +1,19 @@
 """A stop signal raises or is noted, once; the same request delivered twice is one; a later one ends the process."""
 
+import os
 import signal
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
+from clip_exp.errors import DataError
 from clip_exp.ranks import failure as signals
 from clip_exp.ranks.failure import STOP_SIGNALS, Stopped, note_signals, stop_on_signals
+from tests.processes import run_on_ranks
 
 
 @pytest.fixture(autouse=True)
@@ -66,3 +70,25 @@ def test_other_threads_leave_signals_alone() -> None:
     thread.start()
     thread.join()
     assert seen == [before]
+
+
+def report_while_torch_reports_a_worker(rank: int, folder: Path) -> int:
+    def raise_as_torch_does(*_: object) -> None:
+        raise RuntimeError("DataLoader worker (pid 1) is killed by signal: Killed.")
+
+    class Late(DataError):
+        """Error whose message is read just when the signal comes."""
+
+        def __str__(self) -> str:
+            os.kill(os.getpid(), signal.SIGCHLD)
+            return super().__str__()
+
+    signal.signal(signal.SIGCHLD, raise_as_torch_does)
+    return signals.Reporter(folder, rank).report(Late("image 7 cannot be read.")).code
+
+
+def test_the_report_of_a_failure_is_complete_although_torch_raises_about_a_killed_worker(tmp_path: Path) -> None:
+    assert run_on_ranks(report_while_torch_reports_a_worker, 1, tmp_path) == [3]
+    (found,) = signals.read_failures(tmp_path)
+    assert found.message == "error: image 7 cannot be read."
+    assert "image 7" in (tmp_path / signals.LOG).read_text(encoding="utf-8")
