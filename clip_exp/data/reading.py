@@ -44,9 +44,7 @@ class Slot:
         self._words[PID], self._words[LENGTH] = os.getpid(), 0
 
     def reading(self, name: str) -> None:
-        text = name.encode(errors="surrogateescape")[: len(self._text)]
-        self._text[: len(text)] = text
-        self._words[LENGTH] = len(text)
+        self._words[LENGTH] = heartbeat.write_text(self._text, name)
         self._words[COUNT] += 1
 
     @property
@@ -61,7 +59,7 @@ class Slot:
     @property
     def row(self) -> str:
         """Name of the row that the worker is reading; empty if it reads none."""
-        return bytes(self._text[: self._words[LENGTH]]).decode(errors="replace")
+        return heartbeat.read_text(self._text, self._words[LENGTH])
 
 
 _own: Slot | None = None  # slot of this process, if it is a worker

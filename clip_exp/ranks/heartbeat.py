@@ -65,6 +65,18 @@ class Layout:
         self.text = view[TEXT_AT:]
 
 
+def write_text(memory: memoryview, text: str) -> int:
+    """Write a text to the start of a memory, as much as fits; return its length in bytes."""
+    data = text.encode(errors="backslashreplace")[: len(memory)]  # UTF-8 has no lone surrogates, but a name may
+    memory[: len(data)] = data
+    return len(data)
+
+
+def read_text(memory: memoryview, length: int) -> str:
+    """Return a text that `write_text` has written."""
+    return bytes(memory[:length]).decode(errors="replace")
+
+
 class Heartbeat:
     """Heartbeat of this process. Only its training thread may beat: another thread would hide that it hangs.
 
@@ -111,9 +123,7 @@ class Heartbeat:
         if not name:
             self._limit_by_phase()
             return
-        text = name.encode(errors="surrogateescape")[: len(fields.text)]
-        fields.text[: len(text)] = text
-        fields.words[Layout.LENGTH] = len(text)
+        fields.words[Layout.LENGTH] = write_text(fields.text, name)
         if self.read_timeout_s is not None:
             fields.floats[Layout.LIMIT] = self.read_timeout_s
             fields.words[Layout.BY_DATA] = 1

@@ -13,13 +13,12 @@ from pathlib import Path
 
 from clip_exp.errors import DataError, DistributedError
 from clip_exp.ranks.failure import Failure
-from clip_exp.ranks.heartbeat import FILE, SIZE, Layout, Phase, this_host
+from clip_exp.ranks.heartbeat import FILE, SIZE, Layout, Phase, read_text, this_host
 from clip_exp.secrets import redact
 
 LOOK_S = 0.5  # time between looks
-SEARCH_S = (
-    2.0  # time between searches for heartbeats of further ranks, which list a folder that may be on a slow file system
-)
+# Time between searches for heartbeats of further ranks, in a folder that may be on a slow file system
+SEARCH_S = 2.0
 STOPPED, TRACED, DEAD = "T", "t", ("Z", "X")  # states of a process in /proc
 
 
@@ -39,7 +38,7 @@ class Pulse:
         self.pid, self.host = words[Layout.PID], words[Layout.HOST]
         self.phase, self.step = Phase(words[Layout.PHASE]), words[Layout.STEP]
         self.limit_s, self.by_data = self._fields.floats[Layout.LIMIT], bool(words[Layout.BY_DATA])
-        self.row = bytes(self._fields.text[: words[Layout.LENGTH]]).decode(errors="replace")
+        self.row = read_text(self._fields.text, words[Layout.LENGTH])
 
     def look(self, tick_s: float, judge_stopped: bool) -> None:
         """Look at the rank, and count its silence.

@@ -97,6 +97,16 @@ def test_a_rank_that_reads_a_row_forever_ends_the_run_as_bad_data_and_the_row_is
     assert "reading images/ä 7.jpg (limit 4 s, set by data.timeout_s)" in found.message
 
 
+def test_a_row_may_have_any_name(tmp_path: Path, clock: list[float]) -> None:
+    """Also one with a lone surrogate, which UTF-8 does not have, and one that is too long."""
+    (own,) = heartbeats(tmp_path, 1)
+    own.enter(Phase.data, 5)
+    own.reading("\ud83d" + "x" * 2000)
+    found = looked(Watch(tmp_path, 1), clock, READ_S + 2)
+    assert found is not None
+    assert r"reading \ud83dxxx" in found.message
+
+
 def test_a_rank_that_was_stopped_while_it_read_a_row_is_no_bad_data(
     tmp_path: Path, clock: list[float], states: dict[int, str]
 ) -> None:
