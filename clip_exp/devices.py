@@ -216,10 +216,12 @@ def _gpu_has_bfloat16() -> bool:
     return torch.cuda.is_bf16_supported(including_emulation=False)
 
 
-# Files with the memory limit and the used memory of a container: control groups 2 and 1
+CGROUPS = Path("/sys/fs/cgroup")
+# Files with the memory limit and the used memory of a container, and the entry of `memory.stat` for file pages that can be
+# dropped, which count as used: control groups 2 and 1
 MEMORY_LIMITS = (
-    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-    ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+    ("memory.max", "memory.current", "inactive_file"),
+    ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "total_inactive_file"),
 )
 
 
@@ -228,9 +230,11 @@ def free_memory() -> int:
     import psutil
 
     free = int(psutil.virtual_memory().available)
-    for limit, used in MEMORY_LIMITS:
-        with suppress(OSError, ValueError):  # no such file, or no limit ("max")
-            free = min(free, int(Path(limit).read_text()) - int(Path(used).read_text()))
+    for limit, used, droppable in MEMORY_LIMITS:
+        with suppress(OSError, ValueError, KeyError):  # no such file, or no limit ("max")
+            stat = dict(line.split() for line in (CGROUPS / limit).with_name("memory.stat").read_text().splitlines())
+            in_use = int((CGROUPS / used).read_text()) - int(stat[droppable])
+            free = min(free, int((CGROUPS / limit).read_text()) - in_use)
     return free
 
 

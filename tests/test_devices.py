@@ -5,11 +5,14 @@ import io
 import os
 import subprocess
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
+from clip_exp import devices
 from clip_exp.devices import parse_devices, resolve_accelerator, usable_cores
 from clip_exp.errors import ConfigError
 
@@ -164,3 +167,31 @@ def test_usable_cores_are_those_of_the_affinity_the_containers_quota_and_the_var
     if variable:
         monkeypatch.setenv("LOKY_MAX_CPU_COUNT", variable)
     assert usable_cores() == usable
+
+
+@pytest.mark.parametrize(
+    ("files", "free"),
+    [
+        ({}, 1000),
+        ({"memory.max": "max", "memory.current": "900", "memory.stat": "inactive_file 0"}, 1000),
+        ({"memory.max": "1500", "memory.current": "1400", "memory.stat": "anon 700\ninactive_file 600"}, 700),
+        (
+            {
+                "memory/memory.limit_in_bytes": "800",
+                "memory/memory.usage_in_bytes": "500",
+                "memory/memory.stat": "total_inactive_file 100",
+            },
+            400,
+        ),
+    ],
+    ids=["no container", "no limit", "control groups 2", "control groups 1"],
+)
+def test_free_memory_is_that_of_the_container_without_files_that_can_be_dropped(
+    files: dict[str, str], free: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "memory").mkdir()
+    for name, text in files.items():
+        (tmp_path / name).write_text(f"{text}\n")
+    monkeypatch.setattr(devices, "CGROUPS", tmp_path)
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=1000))
+    assert devices.free_memory() == free
