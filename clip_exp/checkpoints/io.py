@@ -23,7 +23,10 @@ from clip_exp.storage import read_json_object
 
 MODEL_PREFIX = "model."
 EMA_KEY = "ema_state_dict"
-OWN_STATE = ("optimizer_states/", "ema_loss_state/", "loss_state/")  # parts of the training state that must be finite
+# Keys of a checkpoint with the weights of the loss, and their average
+LOSS_STATE, EMA_OF_LOSS = "loss_state", "ema_loss_state"
+# Parts of the training state that must be finite
+FINITE = tuple(f"{key}/" for key in ("optimizer_states", LOSS_STATE, EMA_OF_LOSS))
 TENSOR = "__tensor__"
 ITEMS = "__items__"
 
@@ -62,7 +65,7 @@ class Snapshot:
 
 def _is_valid(file: str, name: str, tensor: torch.Tensor) -> bool:
     """Return False for weights, averaged weights and optimizer state that are not finite; the state of callbacks may be anything."""
-    if file == TENSORS and not name.startswith(OWN_STATE):
+    if file == TENSORS and not name.startswith(FINITE):
         return True
     return bool(torch.isfinite(tensor).all())
 
@@ -95,9 +98,8 @@ class SafeCheckpointIO(CheckpointIO):
     metadata: dict[str, Any] = field(default_factory=dict)  # for the manifest of the next checkpoint
     run_copy: dict[str, Any] | None = None  # copy of the run's record and configuration, for every checkpoint
     on_saved: Callable[[int], None] | None = None  # called with the step when a checkpoint has reached the disk
-    asynchronous: Callable[[int], bool] = lambda size: (
-        False
-    )  # whether to copy a state of so many bytes and write it later
+    # Returns True if a state of so many bytes is copied, and written later
+    asynchronous: Callable[[int], bool] = lambda size: False
     _saving: "Future[None] | None" = field(default=None, init=False)
     _thread: ThreadPoolExecutor = field(init=False, default_factory=lambda: ThreadPoolExecutor(1, "checkpoint"))
 

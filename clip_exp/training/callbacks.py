@@ -22,7 +22,7 @@ from pytorch_lightning.utilities.model_helpers import is_overridden
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
-from clip_exp.checkpoints.io import EMA_KEY
+from clip_exp.checkpoints.io import EMA_KEY, EMA_OF_LOSS
 from clip_exp.config.targets import build_extra, locate
 from clip_exp.config.training import DeepSpeedConfig, StrategyName, TrainConfig
 from clip_exp.data.loader import explain_worker_failure
@@ -39,7 +39,6 @@ from clip_exp.training.skipped_steps import SkippedSteps
 log = logging.getLogger(__name__)
 
 ANOMALY = "returned nan values in its"  # torch's error under anomaly detection
-EMA_OF_LOSS = "ema_loss_state"  # key of a checkpoint with the averaged weights of the loss
 
 
 # ------------------------------------------------------------------------------------------------------------- progress

@@ -464,13 +464,15 @@ def _start_from(
     if checkpoint is not None:
         record.acknowledge(step)
         log.info("resuming from %s (step %s)", checkpoint, f"{step:,}")
-        if record.values.get("exit_code") == NumericError.exit_code:
+        # From now on, `run.json` is about this start.
+        code, error = record.values.pop("exit_code", None), record.values.pop("error", [])
+        if code == NumericError.exit_code:
             log.warning(
                 "This run ended with exit code %d: %s\nUnchanged, it will meet the same rows again. Repair or remove them "
                 "(data.allow_changed=true), allow more skipped steps (max_skipped_steps), or start a new run from these weights with other "
                 "settings (resume=never pretrained=%s).",
-                NumericError.exit_code,
-                " ".join(record.values.get("error", [])),
+                code,
+                " ".join(error),
                 checkpoint / WEIGHTS,
             )
     # Rows, checkpoints and results from after this step belong to a future that is now trained again, perhaps differently.

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from clip_exp.checkpoints.io import (
     EMA_KEY,
+    LOSS_STATE,
     name_optimizer_state,
     number_optimizer_state,
     random_state,
@@ -45,8 +46,7 @@ from clip_exp.training.strategies import whole
 
 WEIGHTS = {"state_dict", EMA_KEY}  # keys of a checkpoint that hold weights of the model
 START_LOGIT_SCALE = "start_logit_scale"
-# Keys of a checkpoint with the weights of the loss, and the hash of those that are frozen
-LOSS_STATE, FROZEN_LOSS = "loss_state", "frozen_loss_sha256"
+FROZEN_LOSS = "frozen_loss_sha256"  # key of a checkpoint with the hash of the frozen weights of the loss
 LOSS_PREFIX = "loss."
 
 

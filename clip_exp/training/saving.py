@@ -7,7 +7,6 @@ import logging
 import math
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -112,8 +111,10 @@ class Checkpointer(pl.Callback):
         self.save_last(trainer)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: Any, exception: BaseException) -> None:
-        with suppress(Exception):  # the run has failed already
+        try:
             self.io.wait()
+        except Exception as error:  # the run has failed already
+            log.warning("The checkpoint in progress is not written: %s", error)
 
     def _due(self, step: int) -> bool:
         return step % self.every_n_steps == 0 or self._stays(step)

@@ -70,6 +70,7 @@ class SkippedSteps(pl.Callback):
         self.total = self.in_a_row = 0
         self._unread: list[Tensor] = []
         self._buffers: list[Tensor] = []
+        self._before: list[Tensor] = []  # the buffers before the step
 
     def state_dict(self) -> dict[str, Any]:
         return {"total": self.total, "in_a_row": self.in_a_row}
@@ -77,9 +78,13 @@ class SkippedSteps(pl.Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.total, self.in_a_row = state_dict["total"], state_dict["in_a_row"]
 
+    def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        # Listed once: iterating over the modules in every step is slow enough to make a GPU wait.
+        self._buffers = list(pl_module.buffers())
+
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
         # A forward pass changes the statistics of batch normalization, before it is known whether the step is skipped.
-        self._buffers = [buffer.clone() for buffer in pl_module.buffers()]
+        self._before = [buffer.clone() for buffer in self._buffers]
 
     @torch.no_grad()
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
@@ -88,9 +93,9 @@ class SkippedSteps(pl.Callback):
         if engine is not None:
             pl_module.skipped = torch.full((), bool(engine.optimizer.overflow), device=loss.device)
         self.now = pl_module.skipped
-        if buffers := list(pl_module.buffers()):
-            kept = [torch.where(self.now, *pair) for pair in zip(self._buffers, buffers, strict=True)]
-            torch._foreach_copy_(buffers, kept)
+        if self._buffers:
+            kept = [torch.where(self.now, *pair) for pair in zip(self._before, self._buffers, strict=True)]
+            torch._foreach_copy_(self._buffers, kept)
         scale = _loss_scale(trainer, engine)
         self._unread.append(self.now if scale <= LOWEST_SCALE else self.now & ~torch.isfinite(loss))
         if len(self._unread) == UNREAD_STEPS:

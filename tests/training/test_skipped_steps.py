@@ -153,6 +153,7 @@ def trainer(step: int, scale: float | None = None, others: list[int] | None = No
 def test_statistics_of_batch_normalization_are_those_before_a_skipped_step() -> None:
     model = nn.BatchNorm1d(3)
     callback = SkippedSteps(1, lambda step: ["a.jpg"])
+    callback.on_train_start(trainer(0), module(model, 1.0, False))
     for skipped in (False, True):
         before = copy.deepcopy(model.state_dict())
         callback.on_train_batch_start(trainer(1), module(model, 1.0, skipped), None, 0)
@@ -219,6 +220,7 @@ def test_a_step_does_not_wait_for_the_gpu() -> None:
                 buffers=model.buffers, step_metrics={"train/loss": norm}, skipped=~torch.isfinite(norm)
             )
             skip_step(optimizer, owner.skipped)
+            callback.on_train_start(trainer(0), owner)
             callback.on_train_batch_start(trainer(1), owner, None, 0)
             callback.on_train_batch_end(trainer(1), owner, None, None, 0)
         assert watch.found == []
