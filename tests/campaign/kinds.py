@@ -382,7 +382,7 @@ def pause(chance: Random, configuration: Configuration, step: int) -> Fault:
 
 @dataclass
 class Stop(Fault):
-    """A rank or a worker is stopped for good: the run ends itself, and says which."""
+    """A rank or a worker is stopped and never continued: the run ends itself, and says which."""
 
     target: str
 

@@ -61,16 +61,20 @@ def test_the_message_of_the_failing_rank_is_printed_and_recorded(
     assert not list(folder.glob(".error*"))
 
 
+def train_under_torchrun(folder: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
+    """Train five steps on two ranks of torchrun, in an output folder."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
+    return subprocess.run(
+        [*torchrun, str(REPOSITORY / "train.py"), *TINY, "max_steps=5", *overrides, f"output_dir={folder}"], cwd=folder,
+        capture_output=True, text=True, timeout=200, env={**os.environ, **ALLOWED, "PYTHONPATH": str(REPOSITORY)},
+    )  # fmt: skip
+
+
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_under_torchrun_too(case: tuple[str, int, bool], tmp_path: Path) -> None:
     kind, rank, blocks = case
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
-    arguments = [*TINY, "max_steps=5", *overrides(kind, rank, blocks=blocks), f"output_dir={tmp_path}"]
-    done = subprocess.run(
-        [*torchrun, str(REPOSITORY / "train.py"), *arguments], cwd=tmp_path, capture_output=True, text=True, timeout=200,
-        env={**os.environ, **ALLOWED, "PYTHONPATH": str(REPOSITORY)},
-    )  # fmt: skip
+    done = train_under_torchrun(tmp_path, *overrides(kind, rank, blocks=blocks))
     assert done.returncode != 0
     (folder,) = run_folders(tmp_path)
     record = json.loads((folder / "run.json").read_text())

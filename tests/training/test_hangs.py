@@ -15,7 +15,7 @@ from tests.conftest import REPOSITORY, Run
 from tests.exhaustive import repeat_beyond
 from tests.runs import TINY, Finished, run_folders
 from tests.training.faults import ALLOWED, overrides
-from tests.training.test_failures import left_behind
+from tests.training.test_failures import left_behind, train_under_torchrun
 
 HANG_S = 3
 LIMITS = (f"hang_timeout_s={HANG_S}", "data.timeout_s=2.4")
@@ -113,12 +113,7 @@ def test_slow_steps_and_a_slow_validation_end_no_run(devices: int, command: Run,
 @pytest.mark.exhaustive
 @pytest.mark.parametrize(("kind", "rank"), [("stop", 0), ("stop", 1), ("hang", 1), ("hold", 0)])
 def test_under_torchrun_a_rank_that_hangs_ends_all(kind: str, rank: int, tmp_path: Path) -> None:
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
-    arguments = [*TINY, "max_steps=5", *overrides(kind, rank), *LIMITS, f"output_dir={tmp_path}"]
-    done = subprocess.run(
-        [*torchrun, str(REPOSITORY / "train.py"), *arguments], cwd=tmp_path, capture_output=True, text=True, timeout=200,
-        env={**os.environ, **ALLOWED, "PYTHONPATH": str(REPOSITORY)},
-    )  # fmt: skip
+    done = train_under_torchrun(tmp_path, *overrides(kind, rank), *LIMITS)
     assert done.returncode != 0
     (folder,) = run_folders(tmp_path)
     record = Finished(folder, "").record
