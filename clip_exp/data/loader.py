@@ -342,22 +342,25 @@ class WorkerLoader(DataLoader[T_co]):
         self.batch_bytes, self.limit = batch_bytes, limit
         if workers:
             self.collate_fn = _IntoSharedMemory(self.collate_fn)
-            self.slots = Slots.create(workers)
             _loaders.add(self)
         self.collate_fn = _AfterReading(self.collate_fn)
 
     def __iter__(self) -> Iterator[T_co]:  # type: ignore[override]  # torch declares the class of its iterator
+        if not self.num_workers:
+            return super().__iter__()
+        return WatchedBatches(self._start, self.limit, _of_this_rank)
+
+    def _start(self) -> tuple[Iterator[T_co], Slots]:
+        """Start the workers, unless those of an earlier call are persistent and have not been shut down."""
         # torch may start threads in a worker before it calls `init_worker`. They inherit the signal mask that is set
         # here. A thread that did not block SIGTERM would receive it, and the worker would end.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         try:
-            if not self.num_workers:
-                return super().__iter__()
-            if not self.persistent_workers:
-                self.slots = Slots.create(self.num_workers)
+            if self._iterator is None or getattr(self._iterator, "_shutdown", False):
+                self._iterator, self.slots = None, Slots.create(self.num_workers)
             in_main_thread = threading.current_thread() is threading.main_thread()
             self.worker_init_fn = partial(init_worker, slots=self.slots, in_main_thread=in_main_thread)
-            return WatchedBatches(super().__iter__(), self.slots, self.limit, _of_this_rank)
+            return super().__iter__(), self.slots
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
 

@@ -6,13 +6,14 @@ training process, if it reads rows itself, writes it to its heartbeat (`ranks.he
 
 import atexit
 import ctypes
+import logging
 import multiprocessing
 import os
 import signal
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.sharedctypes import RawArray
@@ -22,14 +23,17 @@ from clip_exp.errors import DataError
 from clip_exp.ranks import heartbeat
 from clip_exp.ranks.watch import STOPPED, state_of
 
+log = logging.getLogger(__name__)
+
 T = TypeVar("T")
 TICK_S = 2.0  # longest time between two looks at a worker that is waited for
 TIMED_OUT = "DataLoader timed out"  # start of torch's message
 CHECK = {True: "this row and the storage that it is on", False: "the code that makes its batches"}
 END_S = 0.5  # time in which torch, too, notices that a worker was killed, and raises an error
-NOT_STARTED = 0  # process of a worker that has not started yet
+RESTARTS = 2  # times that workers that do not start are started again
+EXIT_S = 2.0  # time that workers have to end at the exit of their process
 SLOT, TEXT_AT = 512, 24  # bytes of a slot, and where its text begins
-COUNT, PID, LENGTH = range(3)  # words of a slot
+COUNT, STARTED, LENGTH = range(3)  # words of a slot
 
 
 class Slot:
@@ -41,7 +45,7 @@ class Slot:
 
     def own(self) -> None:
         """Let this process be the worker."""
-        self._words[PID], self._words[LENGTH] = os.getpid(), 0
+        self._words[STARTED], self._words[LENGTH] = 1, 0
 
     def reading(self, name: str) -> None:
         self._words[LENGTH] = heartbeat.write_text(self._text, name)
@@ -53,8 +57,9 @@ class Slot:
         return self._words[COUNT]
 
     @property
-    def pid(self) -> int:
-        return self._words[PID]
+    def has_started(self) -> bool:
+        """Whether the worker has called `own`."""
+        return self._words[STARTED] != 0
 
     @property
     def row(self) -> str:
@@ -116,19 +121,25 @@ class WatchedBatches(Generic[T]):
     A thread counts how long the awaited worker makes none, in ticks: a machine that was suspended, or a process that was stopped, has
     waited for one tick. It must be a thread, since torch may wait inside a batch: for the worker that sends it, if that was stopped.
 
+    A worker may also hang while it starts: it is forked from a process with threads, and inherits the locks that they hold. If no batch
+    has come yet, the workers are then started again.
+
     Args:
-        batches: torch's iterator, whose timeout is a tick.
-        slots: slots of its workers, which work on the batches in turn.
+        start: function that starts workers and returns torch's iterator, whose timeout is a tick, and the slots of the workers, which
+            work on the batches in turn.
         limit: the limit.
         rank: function that returns a phrase that names this rank, for the message; empty for a single process.
     """
 
-    def __init__(self, batches: Iterator[T], slots: Slots, limit: ReadLimit, rank: Callable[[], str]) -> None:
-        self.batches, self.slots, self.limit, self.rank = batches, slots, limit, rank
+    def __init__(self, start: Callable[[], tuple[Any, Slots]], limit: ReadLimit, rank: Callable[[], str]) -> None:
+        self.start, self.limit, self.rank = start, limit, rank
+        self.batches, self.slots = start()
+        self._restarts = 0
         self._received = 0
         self._waiting = False
         self._seen = (-1, -1)  # batch and reports of its worker at the last tick
         self._stalled_s = 0.0
+        self._restarting = False
         self._error: DataError | None = None
         global _given_up
         _given_up = None  # of an earlier run of this process
@@ -158,13 +169,26 @@ class WatchedBatches(Generic[T]):
         while True:
             try:
                 return next(self.batches)
-            except RuntimeError as error:
-                if self._error is not None or not str(error).startswith(TIMED_OUT):
+            except (RuntimeError, OSError, EOFError) as error:
+                if self._restarting:
+                    self._restart()
+                elif self._error is not None or not str(error).startswith(TIMED_OUT):
                     raise
+
+    def _restart(self) -> None:
+        with suppress(RuntimeError):
+            time.sleep(END_S)
+        text = "A data loader worker%s did not start within %.0f s: starting the workers again."
+        log.warning(text, self.rank(), self._stalled_s)
+        self.batches._shutdown_workers()  # waits for the other workers
+        self.batches, self.slots = self.start()
+        self._restarts += 1
+        self._seen, self._stalled_s = (-1, -1), 0.0
+        self._restarting = False
 
     def tick(self) -> None:
         """Count a tick if this process waits for a batch; kill the worker if it has made no progress for too long."""
-        if not self._waiting or self._error is not None:
+        if not self._waiting or self._restarting or self._error is not None:
             return
         # The training thread is well while it waits: it is the worker that may not be.
         heartbeat.beat()
@@ -177,22 +201,38 @@ class WatchedBatches(Generic[T]):
     def _give_up(self, awaited: int) -> None:
         """Kill the worker that makes no progress, and any that was stopped: they could not end by themselves."""
         global _given_up
-        stopped = [worker for worker in range(self.slots.workers) if state_of(self.slots[worker].pid) == STOPPED]
+        pids = self._pids()
+        stopped = [worker for worker, pid in enumerate(pids) if state_of(pid) == STOPPED]
+        if not self._received and not stopped and self._restarts < RESTARTS and (hung := self._not_started()):
+            self._restarting = True
+            _kill(hung)
+            return
         # Another worker that was stopped may hold the lock of the queue.
         worker = awaited if awaited in stopped or not stopped else stopped[0]
         slot = self.slots[worker]
-        doing = f"reading {slot.row}" if slot.row else "reading no row" if slot.pid != NOT_STARTED else "starting"
+        doing = f"reading {slot.row}" if slot.row else "reading no row" if slot.has_started else "starting"
         cause = "It was stopped by a signal (state T)." if worker in stopped else f"Check {CHECK[bool(slot.row)]}."
         raised = (
             f" If it was only slow, raise {self.limit.key}, or set it to null for no limit." if self.limit.key else ""
         )
         self._error = _given_up = DataError(
-            f"data loader worker {worker} of {self.slots.workers} (process {slot.pid}){self.rank()} has made no progress for "
+            f"data loader worker {worker} of {self.slots.workers} (process {pids[worker]}){self.rank()} has made no progress for "
             f"{self._stalled_s:.0f} s, {doing}. {cause} Repeat the same command to resume.{raised}"
         )
-        for pid in {self.slots[each].pid for each in (awaited, *stopped)} - {NOT_STARTED}:
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+        _kill(pids[each] for each in {awaited, *stopped})
+
+    def _pids(self) -> list[int]:
+        return [process.pid for process in self.batches._workers]
+
+    def _not_started(self) -> list[int]:
+        """Return the process ids of the workers that have not started yet."""
+        return [pid for worker, pid in enumerate(self._pids()) if not self.slots[worker].has_started]
+
+
+def _kill(pids: Iterable[int]) -> None:
+    for pid in pids:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
 
 
 _given_up: DataError | None = None
@@ -207,12 +247,19 @@ def given_up() -> DataError | None:
 
 
 @atexit.register
-def _kill_stopped_workers() -> None:
-    """Kill workers that a signal stopped: Python, which runs this before its own exit function, would wait for them forever."""
-    stopped = [child for child in multiprocessing.active_children() if state_of(child.pid or NOT_STARTED) == STOPPED]
-    if stopped:
+def _end_children() -> None:
+    """End the daemonic processes as Python's own exit function does, which runs later and waits forever for one that does not end: one
+    that a signal stopped, or a worker that hangs while it starts.
+    """
+    children = [child for child in multiprocessing.active_children() if child.daemon]
+    if children:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch raises an error if a worker is killed
-    for child in stopped:
+    for child in children:
+        child.terminate()
+    deadline = time.monotonic() + EXIT_S
+    for child in children:
+        child.join(max(0.0, deadline - time.monotonic()))
+    for child in children:
         child.kill()
 
 

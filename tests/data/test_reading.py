@@ -1,16 +1,19 @@
 """A worker that makes no progress is given up and named with its row; a slow or suspended one is not, and none is left behind."""
 
 import gc
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 from torch.utils.data import Dataset
+from torch.utils.data._utils import signal_handling
 
 from clip_exp.data.loader import WorkerLoader, report_killed_workers
 from clip_exp.data.reading import ReadLimit, reading
@@ -66,6 +69,46 @@ def sleep(_: object) -> None:
     time.sleep(60)
 
 
+class HangsInItsStart:
+    """A worker that is forked while a thread of its parent holds a lock that it needs: so it hangs before it can do anything."""
+
+    def __init__(self, marks: Path, times: int) -> None:
+        self.marks, self.times = marks, times
+
+    def __call__(self) -> None:
+        for number in range(self.times):
+            with suppress(FileExistsError):
+                (self.marks / str(number)).touch(exist_ok=False)
+                time.sleep(60)
+
+
+@pytest.mark.parametrize("persistent", [False, True])
+def test_workers_of_which_one_hangs_in_its_start_are_started_again(
+    persistent: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(signal_handling, "_set_worker_signal_handlers", HangsInItsStart(tmp_path, 2))
+    loader = WorkerLoader(
+        Rows(), limit=LIMIT, sampler=range(8), batch_size=2, num_workers=2, persistent_workers=persistent
+    )
+    with report_killed_workers("data.num_workers"):
+        batches = iter(loader)
+        assert [batch.tolist() for batch in batches] == [[0, 1], [2, 3], [4, 5], [6, 7]]
+        assert [batch.tolist() for batch in loader] == [[0, 1], [2, 3], [4, 5], [6, 7]]
+    assert "did not start within 1 s: starting the workers again." in caplog.text
+
+
+def test_a_worker_that_never_starts_is_an_error_and_is_not_left_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(signal_handling, "_set_worker_signal_handlers", HangsInItsStart(tmp_path, 100))
+    loader = WorkerLoader(Rows(), limit=LIMIT, sampler=range(8), batch_size=2, num_workers=1)
+    with pytest.raises(
+        DataError, match=r"data loader worker 0 of 1 \(process [1-9]\d*\) has made no progress for 1 s, starting"
+    ):
+        next(iter(loader))
+    assert not multiprocessing.active_children()
+
+
 def test_a_batch_that_takes_longer_than_the_limit_is_waited_for_while_its_rows_come() -> None:
     loader = WorkerLoader(Rows(0.4), limit=LIMIT, sampler=range(5), batch_size=5, num_workers=1)
     assert [batch.tolist() for batch in loader] == [[0, 1, 2, 3, 4]]
@@ -89,7 +132,7 @@ if __name__ == "__main__":
     loader = WorkerLoader(Rows(), limit=limit, sampler=range(100), num_workers=1, persistent_workers=True)
     batches = iter(loader)
     next(batches)
-    worker = loader.slots[0].pid
+    worker = batches.batches._workers[0].pid
     print(worker, flush=True)
     if sys.argv[1] == "suspended":
         sys.stdin.readline()
