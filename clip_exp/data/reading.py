@@ -58,7 +58,7 @@ class Slot:
 
     @property
     def has_started(self) -> bool:
-        """Whether the worker has called `own`."""
+        """True once the worker has called `own`."""
         return self._words[STARTED] != 0
 
     @property
