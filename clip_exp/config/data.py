@@ -43,6 +43,23 @@ class OnBadImage(StrEnum):
     replace = "replace"  # type: ignore[assignment] # overrides a method of str
 
 
+class Format(StrEnum):
+    """Layout of training or validation data."""
+
+    auto = "auto"
+    text = "text"
+    jsonl = "jsonl"
+    json = "json"
+    coco = "coco"
+    karpathy = "karpathy"
+    parquet = "parquet"
+    arrow = "arrow"
+    webdataset = "webdataset"
+    folder = "folder"
+    class_folders = "class_folders"
+    chinese_clip = "chinese_clip"
+
+
 class Shuffle(StrEnum):
     """Shuffling of rows: over the whole data set, or by blocks of neighboring rows."""
 
@@ -153,6 +170,9 @@ class GenerateConfig(Config):
             yield f"{at}image_size={self.image_size} must be between 16 and 1024 pixels."
 
 
+Header = bool | Annotated[list[Annotated[Name, NOT_EMPTY]], NOT_EMPTY] | None
+
+
 class Source(Config):
     """One of several sources of the training stream. Keys that are not set have the value of the same key of `data`."""
 
@@ -165,7 +185,12 @@ class Source(Config):
     )
     image_root: PathText | None = Field(None, description="overrides data.image_root for this source")
     image_key: str = Field("", description="overrides data.image_key for this source")
-    caption_key: str = Field("", description="overrides data.caption_key for this source")
+    caption_key: str | list[str] = Field("", description="overrides data.caption_key for this source")
+    caption_weights: list[Positive] | None = Field(None, description="overrides data.caption_weights for this source")
+    caption_list: bool = Field(False, description="overrides data.caption_list for this source")
+    caption_lines: bool = Field(False, description="overrides data.caption_lines for this source")
+    format: Format = Field(Format.auto, description="overrides data.format for this source")
+    header: Header = Field(None, description="overrides data.header for this source")
     separator: str = Field("", description="overrides data.separator for this source")
     encoding: str = Field("", description="overrides data.encoding for this source")
     filter: str | None = Field(None, description="overrides data.filter for this source")
@@ -205,8 +230,8 @@ Sources = Annotated[
 
 # Keys that describe tables
 OF_TABLES = (
-    "filter", "image_root", "image_key", "caption_key", "label_key", "separator", "encoding", "on_bad_row",
-    "max_empty_caption_fraction", "allow_outside_root",
+    "filter", "image_root", "image_key", "caption_key", "caption_weights", "caption_list", "caption_lines", "label_key",
+    "format", "header", "separator", "encoding", "on_bad_row", "max_empty_caption_fraction", "allow_outside_root",
 )  # fmt: skip
 
 
@@ -241,7 +266,19 @@ class DataConfig(Config):
         None, description="folder that relative image paths refer to; null: the folder of the table"
     )
     image_key: str = Field("filepath", description="name of the column with image paths")
-    caption_key: str = Field("title", description="name of the column with captions")
+    caption_key: str | Annotated[list[Annotated[Name, NOT_EMPTY]], NOT_EMPTY] = Field(
+        "title",
+        description="name of the column with captions, or several: [alt_text, recaption]; empty ones are skipped",
+    )
+    caption_weights: list[Positive] | None = Field(
+        None,
+        description="probabilities with which a caption of each column of caption_key is drawn, relative to each other; null: every "
+        "caption is equally probable",
+    )
+    caption_list: bool = Field(
+        False, description="read captions that are written as lists, such as ['a dog', 'a pet'], as several captions"
+    )
+    caption_lines: bool = Field(False, description="read each line of a caption as a caption of its own")
     columns: list[Annotated[Name, NOT_EMPTY]] = Field(
         [],
         description="further columns of train, or fields of your Dataset's items, for the loss, by name: texts are tokenized and encoded "
@@ -254,6 +291,16 @@ class DataConfig(Config):
     templates: Annotated[list[Template], NOT_EMPTY] = Field(
         ["a photo of a {}."],
         description="prompt templates of the zero-shot accuracy in validation, with {} for the class name",
+    )
+    format: Format = Field(
+        Format.auto,
+        description="layout of train and val: text (CSV, TSV), jsonl, json, coco, karpathy, parquet, arrow, webdataset, folder (images "
+        "with .txt or .json files), class_folders, chinese_clip; auto: by extension and content",
+    )
+    header: Header = Field(
+        None,
+        description="names of the columns of a text table without a header row, in order: [id, filepath, title]; false: no header row, the "
+        "columns are named 0, 1, …; null: detected",
     )
     separator: str = Field(
         "auto", description="separator of columns in text files: one character, \\t for a tab; auto: detected"

@@ -5,7 +5,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from clip_exp.config.data import OnBadRow
-from clip_exp.data.tables import parquet
+from clip_exp.data.tables import columnar
 from clip_exp.data.tables.open import read_table
 from clip_exp.data.tables.reader import TableOptions
 from clip_exp.errors import DataError
@@ -155,7 +155,7 @@ def test_damage_anywhere_is_an_error_with_a_message_or_changes_nothing_but_text(
     assert not any("\n" in message for message in refused)
 
 
-def most_memory(reader: parquet.ParquetReader) -> int:
+def most_memory(reader: columnar.ParquetReader) -> int:
     """Return the maximum memory of Arrow at the end of a block, in bytes."""
     before = pa.total_allocated_bytes()
     return max(pa.total_allocated_bytes() - before for _ in reader.blocks())
@@ -168,7 +168,7 @@ def test_a_large_row_group_is_read_piece_by_piece(tmp_path, monkeypatch):
     file = write(tmp_path / "t.parquet", {"filepath": ["a.jpg"] * 200_000, "title": texts}, compression="none")
     del texts
     monkeypatch.setattr(parquet, "_SMALL_BYTES", 1 << 20)
-    reader = parquet.ParquetReader(file, TableOptions(on_bad_row=OnBadRow.skip))
+    reader = columnar.ParquetReader(file, TableOptions(on_bad_row=OnBadRow.skip))
     assert most_memory(reader) < 8 << 20
     assert reader.bad.counts == {"caption too long": 1}
     assert reader.bytes_read == file.stat().st_size
@@ -179,7 +179,7 @@ def test_huge_texts_come_a_few_at_a_time(tmp_path, monkeypatch):
     columns = {"filepath": ["a.jpg"] * 500, "title": ["x" * 100_000] * 500}
     for coded in (True, False):
         file = write(tmp_path / "t.parquet", columns, compression="zstd", use_dictionary=coded, write_batch_size=10)
-        reader = parquet.ParquetReader(file, TableOptions(on_bad_row=OnBadRow.skip))
+        reader = columnar.ParquetReader(file, TableOptions(on_bad_row=OnBadRow.skip))
         assert most_memory(reader) < 8 << 20
         assert reader.bad.counts == {"caption too long": 500}
 
