@@ -28,10 +28,10 @@ import numpy as np
 import pyarrow as pa
 
 from clip_exp.config.data import OnBadRow
-from clip_exp.data.tables.filters import UnconvertedValues
 from clip_exp.data.tables.reader import FileSignature, RowBlock, TableOptions
 from clip_exp.data.tables.scan import BATCH_ROWS, Scan, ScannedFile, open_reader, progress_of
 from clip_exp.data.tables.table import ImageGroups, group_images
+from clip_exp.data.tables.unconverted import UnconvertedValues
 from clip_exp.errors import DataError
 from clip_exp.storage import atomic_folder, lock, remove_leftovers
 

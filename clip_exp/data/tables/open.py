@@ -69,7 +69,7 @@ def open_table(
         if found.unconverted:
             level = logging.WARNING if any(each.count for each in found.unconverted) else logging.INFO
             described = "; ".join(each.describe(found.unit) for each in found.unconverted)
-            log.log(level, "%s: data.filter does not match these values: %s.", file, described)
+            log.log(level, "%s: data.filter reads these values as null: %s.", file, described)
         start = parts[-1].start + parts[-1].rows if parts else 0
         parts.append(Part(**{**vars(found), "path": file.absolute()}, root=root, start=start))
     return PairTable(rows, tuple(parts))

@@ -69,6 +69,8 @@ class TableOptions:
         part of it only if there are some, so that the indexes of older versions remain valid.
         """
         values = {**asdict(self), "columns": list(self.columns)}
+        if self.filter is not None:
+            values["filter"] = {"sql": self.filter}  # a text was a condition in Python's syntax
         return {
             name: value for name, value in values.items() if name != "on_bad_row" and (name, value) != ("columns", [])
         }
@@ -295,7 +297,8 @@ def no_column(name: str, setting: str, names: Iterable[str], what: str = "column
     shown = ", ".join(repr(_shortened(other)) for other in listed[:20]) or "none"
     key = key_of(setting)
     if setting == "filter":
-        fix = f" Did you mean {nearest!r}?" if nearest else ""
+        # As SQL has it, "train" in double quotes is a column.
+        fix = f"{f' Did you mean {nearest!r}?' if nearest else ''} If it is text, write it in single quotes."
     elif is_column(setting):
         fix = f" Name {nearest or '<one of them>'} in data.columns."
     else:

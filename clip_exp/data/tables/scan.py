@@ -17,7 +17,6 @@ from clip_exp.data.tables import filters
 from clip_exp.data.tables.columns import bool_array, count_blank, string_buffers, trimmed
 from clip_exp.data.tables.delimited import DelimitedReader
 from clip_exp.data.tables.features import Shape, describe, shape_of
-from clip_exp.data.tables.filters import UnconvertedValues, merge_unconverted
 from clip_exp.data.tables.jsonl import JsonLinesReader
 from clip_exp.data.tables.parquet import ParquetReader
 from clip_exp.data.tables.reader import (
@@ -32,6 +31,7 @@ from clip_exp.data.tables.reader import (
     what_of,
 )
 from clip_exp.data.tables.shards import ShardReader
+from clip_exp.data.tables.unconverted import UnconvertedValues, merge_unconverted
 from clip_exp.errors import ConfigError, DataError
 from clip_exp.progress import progress
 
