@@ -188,11 +188,11 @@ def _evaluate(query: str, table: pa.Table) -> list[np.ndarray]:
     connection.register("block", table)
     timer.start()
     try:
-        found = connection.sql(query).to_arrow_table()
+        found = connection.execute(query).fetchnumpy()
     finally:
         timer.cancel()
         connection.unregister("block")
-    return [bool_numpy(pc.cast(column.combine_chunks(), pa.bool_()).fill_null(False)) for column in found.columns]
+    return [np.ma.filled(column, False).astype(bool) for column in found.values()]
 
 
 # Parsing and checking.
@@ -203,13 +203,14 @@ def _parse(text: str) -> tuple[Node, Node]:
     if len(text) > _MAX_LENGTH or text.count("(") > _MAX_PARENTHESES:
         raise _Refused(f"it has more than {_MAX_LENGTH:,} characters or {_MAX_PARENTHESES} parentheses")
     statement, template = _serialized(text), _serialized("1")
-    calls = [tree["statements"][0]["node"].pop("where_clause", None) for tree in (statement, template)]
+    call, expected = (tree["statements"][0]["node"].pop("where_clause", None) for tree in (statement, template))
     # A filter that closes the parenthesis, or adds a clause, is not the only argument of one plain call.
-    if not calls[0] or calls[0].get("function_name") != calls[1]["function_name"] or len(calls[0]["arguments"]) != 1:
+    same = ("class", "function_name")
+    if not call or any(call.get(key) != expected[key] for key in same) or len(call["arguments"]) != 1:
         raise _Refused("it must be one expression")
-    condition = calls[0]["arguments"][0]["expression"]
+    condition = call["arguments"][0]["expression"]
     _check(condition)
-    if statement != template or not _is_plain(calls[0]):
+    if statement != template or not _is_plain(call):
         raise _Refused("it must be one expression")
     return statement, condition
 
