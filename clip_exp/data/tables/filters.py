@@ -19,7 +19,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from clip_exp.data.tables.columns import bool_numpy
 from clip_exp.data.tables.unconverted import UnconvertedValues, find_unconverted
 from clip_exp.errors import ConfigError
 

@@ -298,7 +298,7 @@ def no_column(name: str, setting: str, names: Iterable[str], what: str = "column
     key = key_of(setting)
     if setting == "filter":
         # As SQL has it, "train" in double quotes is a column.
-        fix = f"{f' Did you mean {nearest!r}?' if nearest else ''} If it is text, write it in single quotes."
+        fix = f"{f' Did you mean {nearest!r}?' if nearest else ''} If it is text, write it in single quotes: '{name}'."
     elif is_column(setting):
         fix = f" Name {nearest or '<one of them>'} in data.columns."
     else:
