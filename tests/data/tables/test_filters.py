@@ -1,4 +1,5 @@
 import itertools
+import json
 import os
 import pickle
 import random
@@ -8,11 +9,14 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from clip_exp.data.tables import filters
 from clip_exp.data.tables.filters import parse
+from clip_exp.data.tables.open import read_table
 from clip_exp.errors import ConfigError
+from tests.data.tables.shard_files import write_shard
 from tests.exhaustive import repeat_beyond
 
 LINES = np.arange(9)
@@ -309,3 +313,38 @@ def test_the_connection_can_reach_nothing_else(tmp_path):
             connection.execute(query).fetchall()
     assert connection.execute("SELECT current_setting('threads')").fetchall() == [(1,)]
     assert [file.name for file in tmp_path.iterdir()] == ["t.csv"]
+
+
+# In every format.
+
+
+def test_a_filter_selects_the_same_rows_of_every_format(tmp_path):
+    records = [
+        {"filepath": f"{i}.jpg", "title": f"a {'dog' if i % 3 else 'cat'} {i}", "width": i * 7 % 512, "ok": i % 2 == 0}
+        for i in range(300)
+    ]
+    lines = [json.dumps(record) for record in records]
+    (tmp_path / "t.jsonl").write_text("\n".join(lines))
+    cells = [",".join(str(value) for value in record.values()) for record in records]
+    (tmp_path / "t.csv").write_text("\n".join(["filepath,title,width,ok", *cells]))
+    pq.write_table(pa.Table.from_pylist(records), tmp_path / "t.parquet")
+    samples = [
+        (f"{i}.{ending}", content)
+        for i, line in enumerate(lines)
+        for ending, content in (("jpg", b"image"), ("json", line))
+    ]
+    write_shard(tmp_path / "t.tar", dict(samples))
+    for condition in (
+        "width >= 256 AND title LIKE '%dog%'",
+        "ok AND width % 5 = 0",
+        "ok = false OR width IN (7, 14)",
+        "width BETWEEN 100 AND 200 AND md5(title) < '8'",
+        "width = '21' OR title IN ('a cat 0')",
+        "coalesce(width, 0) / 2 > 250",
+    ):
+        found = [
+            read_table(tmp_path / f"t.{ending}", filter=condition) for ending in ("csv", "jsonl", "parquet", "tar")
+        ]
+        captions = [[table.caption(row) for row in range(len(table))] for table in found]
+        assert 0 < len(captions[0]) < 300, condition
+        assert captions == [captions[0]] * 4, condition
