@@ -260,7 +260,8 @@ class DataConfig(Config):
         None, description="data set that clip_exp generates, instead of train and val; null: none"
     )
     filter: str | None = Field(
-        None, description='condition on columns for rows to use: "width >= 256 and similarity > 0.28"; null: all rows'
+        None,
+        description="SQL condition on columns for rows to use: \"width >= 256 AND split = 'train'\"; null: all rows",
     )
     image_root: PathText | None = Field(
         None, description="folder that relative image paths refer to; null: the folder of the table"

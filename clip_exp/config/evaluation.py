@@ -140,7 +140,8 @@ class TableConfig(Config):
         description="malformed rows of a table: error stops the command, skip leaves them out and counts them",
     )
     filter: str | None = Field(
-        None, description='condition on columns for rows to use: "width >= 256 and similarity > 0.28"; null: all rows'
+        None,
+        description="SQL condition on columns for rows to use: \"width >= 256 AND split = 'train'\"; null: all rows",
     )
 
 

@@ -65,12 +65,12 @@ def test_a_wrong_override_of_a_fresh_command_gives_no_traceback(command, tmp_pat
     assert list(tmp_path.iterdir()) == []
 
 
-def test_composing_and_checking_import_no_torch(command, tmp_path) -> None:
+def test_composing_and_checking_import_neither_torch_nor_duckdb(command, tmp_path) -> None:
     script = tmp_path / "probe.py"
     script.write_text(
         "import sys\nfrom clip_exp.cli import run\n"
         "assert run('train', ['data.trian=1']) == 2 and run('train', ['global_batch_size=0']) == 2\n"
-        "assert run('train', ['--cfg', 'job']) == 0\nassert 'torch' not in sys.modules, 'torch was imported'\n"
+        "assert run('train', ['--cfg', 'job']) == 0\nassert not {'torch', 'duckdb'} & {*sys.modules}, 'torch or duckdb was imported'\n"
     )
     result = command(str(script), cwd=tmp_path, cold=True, PYTHONPATH=sys.path[0])
     assert result.returncode == 0, result.stderr
@@ -264,6 +264,21 @@ def test_every_default_is_written_out() -> None:
 )
 def test_values_outside_hydras_grammar_are_unchanged(value: str) -> None:
     assert compose_config("data=csv", f"data.train={value}").data.train == value
+
+
+@pytest.mark.parametrize(
+    "condition",
+    [
+        "width >= 256 AND split = 'train'",
+        "title LIKE '%dog%' OR width / height BETWEEN 0.5 AND 2",
+        "kind IN ('photo', 'it''s') AND \"aspect ratio\" <> 1",
+        "contains(title, 'a, b = {c} [d]')",
+        r"regexp_matches(title, '^\d+\s\$')",
+        "NOT ok",
+    ],
+)
+def test_a_filter_is_read_as_typed(condition: str) -> None:
+    assert compose_config("data=csv", f"data.filter={condition}").data.filter == condition
 
 
 @pytest.mark.parametrize(

@@ -29,18 +29,18 @@ import pyarrow as pa
 
 from clip_exp.config.data import OnBadRow
 from clip_exp.data.tables.captions import COLUMN
-from clip_exp.data.tables.filters import UnconvertedValues
 from clip_exp.data.tables.reader import FileSignature, RowBlock, TableOptions
 from clip_exp.data.tables.scan import BATCH_ROWS, Scan, ScannedFile, open_reader, progress_of
 from clip_exp.data.tables.store import ImageStore
 from clip_exp.data.tables.table import ImageGroups, group_images, group_members
+from clip_exp.data.tables.unconverted import UnconvertedValues
 from clip_exp.errors import DataError
 from clip_exp.storage import atomic_folder, lock, remove_leftovers
 
 log = logging.getLogger(__name__)
 
 IMAGES = "images.bin"
-_VERSION = 6  # part of the folder's name; increase it when the readers or the format of the folder change
+_VERSION = 5  # part of the folder's name; increase it when the readers or the format of the folder change
 
 
 @dataclass(frozen=True)

@@ -73,7 +73,7 @@ def open_table(
         if found.unconverted:
             level = logging.WARNING if any(each.count for each in found.unconverted) else logging.INFO
             described = "; ".join(each.describe(found.unit) for each in found.unconverted)
-            log.log(level, "%s: data.filter does not match these values: %s.", file, described)
+            log.log(level, "%s: data.filter reads these values as null: %s.", file, described)
         for problem in _several_captions(found, options):
             log.warning("%s: %s", file, problem)
         start = parts[-1].start + parts[-1].rows if parts else 0

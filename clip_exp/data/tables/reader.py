@@ -438,7 +438,8 @@ def no_column(name: str, setting: str, names: Iterable[str], what: str = "column
     shown = ", ".join(repr(_shortened(other)) for other in listed[:20]) or "none"
     key = key_of(setting)
     if setting == "filter":
-        fix = f" Did you mean {nearest!r}?" if nearest else ""
+        # As SQL has it, "train" in double quotes is a column.
+        fix = f"{f' Did you mean {nearest!r}?' if nearest else ''} If it is text, write it in single quotes: '{name}'."
     elif is_column(setting):
         fix = f" Name {nearest or '<one of them>'} in data.columns."
     else:

@@ -22,7 +22,6 @@ from clip_exp.data.tables.columns import count_blank, string_buffers, trimmed
 from clip_exp.data.tables.delimited import DelimitedReader
 from clip_exp.data.tables.documents import DocumentReader, is_document
 from clip_exp.data.tables.features import Shape, describe, shape_of
-from clip_exp.data.tables.filters import UnconvertedValues, merge_unconverted
 from clip_exp.data.tables.folders import FolderReader
 from clip_exp.data.tables.jsonl import JsonLinesReader
 from clip_exp.data.tables.reader import (
@@ -39,6 +38,7 @@ from clip_exp.data.tables.reader import (
     what_of,
 )
 from clip_exp.data.tables.shards import ShardReader
+from clip_exp.data.tables.unconverted import UnconvertedValues, merge_unconverted
 from clip_exp.errors import ConfigError, DataError
 from clip_exp.progress import progress
 

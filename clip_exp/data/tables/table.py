@@ -32,9 +32,9 @@ from clip_exp.data.files import (
 from clip_exp.data.tables.captions import COLUMN
 from clip_exp.data.tables.columns import int32_numpy, string_array
 from clip_exp.data.tables.features import Shape, parse_numbers, shape_of
-from clip_exp.data.tables.filters import UnconvertedValues, as_json, merge_unconverted
 from clip_exp.data.tables.reader import COLUMNS, RowBlock, is_column
 from clip_exp.data.tables.scan import BATCH_ROWS, ScannedFile
+from clip_exp.data.tables.unconverted import UnconvertedValues, as_json, merge_unconverted
 
 COMPARED_ROWS = 1000  # rows of a table that are looked for in another one
 
