@@ -228,6 +228,13 @@ Sources = Annotated[
 ]
 
 
+def _sources(given: Any) -> list[Source]:
+    entries = given if isinstance(given, list) else [] if given is None else [given]
+    if not any(isinstance(entry, Source) for entry in entries):
+        return [Source(path=[str(entry) for entry in entries])] if entries else []
+    return [entry if isinstance(entry, Source) else Source(path=entry) for entry in entries]
+
+
 # Keys that describe tables
 OF_TABLES = (
     "filter", "image_root", "image_key", "caption_key", "caption_weights", "caption_list", "caption_lines", "label_key",
@@ -236,10 +243,18 @@ OF_TABLES = (
 
 
 def _kind_of_val(value: Any) -> str:
-    return "target" if isinstance(value, dict | Target) else "paths"
+    if isinstance(value, Target) or (isinstance(value, dict) and "_target_" in value):
+        return "target"
+    return _kind_of_sources(value)
 
 
-Validation = Annotated[Annotated[Paths, Tag("paths")] | Annotated[Target, Tag("target")], Discriminator(_kind_of_val)]
+Validation = Annotated[
+    Annotated[PathText, Tag("path")]
+    | Annotated[Source, Tag("source")]
+    | Annotated[list[_Entry], Tag("list")]
+    | Annotated[Target, Tag("target")],
+    Discriminator(_kind_of_val),
+]
 
 
 class DataConfig(Config):
@@ -253,9 +268,14 @@ class DataConfig(Config):
     )
     val: Validation | None = Field(
         None,
-        description="validation pairs: files or a glob as for train, without weights; or {_target_: class, arguments} for your Dataset; "
-        "null: no validation",
+        description="validation pairs: files, a glob or sources as for train, without weights; or {_target_: class, arguments} for your "
+        "Dataset; null: no validation, unless val_fraction is set",
     )
+    val_fraction: Annotated[Positive, Field(lt=1)] | None = Field(
+        None,
+        description="fraction of the images of train that are held out for validation, instead of val, by a hash of their paths; null: none",
+    )
+    val_seed: Index = Field(0, description="seed of the choice of the images that val_fraction holds out")
     generate: GenerateConfig | None = Field(
         None, description="data set that clip_exp generates, instead of train and val; null: none"
     )
@@ -374,6 +394,17 @@ class DataConfig(Config):
             "with {at}transform, which replaces the augmentation",
             typed_only=True,
         ),
+        Unused(
+            "val_seed",
+            lambda data: data.val_fraction is None,
+            "without {at}val_fraction",
+            "set that, or leave this out",
+        ),
+        Unused(
+            "caption_weights",
+            lambda data: data.captions is Captions.all,
+            "with {at}captions=all, which uses every caption of an image",
+        ),
         Unused("label_key", lambda data: not data.has_val, "without validation data", "set {at}val, or leave this out"),
         Unused(
             "label_key",
@@ -407,7 +438,7 @@ class DataConfig(Config):
 
     @property
     def has_val(self) -> bool:
-        return self.generate is not None or bool(self.val)
+        return self.generate is not None or bool(self.val) or self.val_fraction is not None
 
     @property
     def may_have_labels(self) -> bool:
@@ -415,9 +446,14 @@ class DataConfig(Config):
         return self.has_val and (self.label_key is not None or isinstance(self.val, Target))
 
     @property
+    def val_sources(self) -> list[Source]:
+        """Sources in `val`, as `sources`; empty without one, and for a Dataset."""
+        return [] if isinstance(self.val, Target) else _sources(self.val)
+
+    @property
     def val_paths(self) -> list[str]:
-        """Files and patterns of the validation table; empty without one."""
-        return [self.val] if isinstance(self.val, str) else self.val if isinstance(self.val, list) else []
+        """Files and patterns of the validation tables; empty without one."""
+        return [path for source in self.val_sources for path in source.paths]
 
     @property
     def shuffles_rows(self) -> bool:
@@ -427,10 +463,7 @@ class DataConfig(Config):
     @property
     def sources(self) -> list[Source]:
         """Sources in `train`: a single one for a path or a list of paths, or one per entry if an entry is a mapping."""
-        entries = self.train if isinstance(self.train, list) else [] if self.train is None else [self.train]
-        if not any(isinstance(entry, Source) for entry in entries):
-            return [Source(path=[str(entry) for entry in entries])] if entries else []
-        return [entry if isinstance(entry, Source) else Source(path=entry) for entry in entries]
+        return _sources(self.train)
 
     def rules(self, at: str) -> Iterator[str]:
         if self.generate is None and not self.train:
@@ -440,7 +473,19 @@ class DataConfig(Config):
             )
         if self.generate is not None and (self.train or self.val):
             yield f"{at}generate and {at}train exclude each other: use data=csv for your own tables."
-        yield from self._column_problems(at, {getattr(self, key): f"{at}{key}" for key in ("image_key", "caption_key")})
+        captions = self.caption_key if isinstance(self.caption_key, list) else [self.caption_key]
+        yield from self._column_problems(
+            at, {self.image_key: f"{at}image_key", **dict.fromkeys(captions, f"{at}caption_key")}
+        )
+        if self.val_fraction is not None and (self.val or self.generate is not None):
+            yield f"{at}val_fraction and {at}{'val' if self.val else 'generate'} exclude each other: leave one of them out."
+        if any(source.weight is not None for source in self.val_sources):
+            yield f"{at}val: validation has no weights: leave them out."
+        yield from _weight_problems(at, self.caption_key, self.caption_weights)
+        for source in self.sources:
+            merged = {"caption_key": self.caption_key, "caption_weights": self.caption_weights, **source.reading}
+            if source.reading.keys() & {"caption_key", "caption_weights"}:
+                yield from _weight_problems(f"{at}train: ", merged["caption_key"], merged["caption_weights"])
         if len({source.weight is None for source in self.sources}) > 1:
             yield f"{at}train: set a weight for every source or for none. Without weights, sources are sampled in proportion to their rows."
 
@@ -482,6 +527,16 @@ class CustomDataConfig(DataConfig, Target):
                 yield f"{at}_target_ and {at}{key} exclude each other: {self.target} is the training data. Leave {at}{key} out."
         yield from self._column_problems(
             at, {"image": "the image", "caption": "the caption", "captions": "the captions"}
+        )
+
+
+def _weight_problems(at: str, key: str | list[str], weights: list[float] | None) -> Iterator[str]:
+    if isinstance(key, list) and len(set(key)) < len(key):
+        yield f"{at}caption_key names a column twice: name each once."
+    if weights is not None and len(weights) != (len(key) if isinstance(key, list) else 0):
+        yield (
+            f"{at}caption_weights has {len(weights)} values, but {at}caption_key must name as many columns: "
+            f"{at}caption_key=[alt_text,recaption] {at}caption_weights=[0.3,0.7]."
         )
 
 

@@ -114,10 +114,15 @@ def open_configured(
     *,
     label_key: str | None = None,
     columns: Sequence[str] = (),
+    held_out: bool = False,
     max_rows: int | None = None,
     index_dir: Path | None = None,
 ) -> PairTable:
-    """Open a table with the options of a data configuration."""
+    """Open a table with the options of a data configuration.
+
+    Args:
+        held_out: open the images that `data.val_fraction` holds out, instead of all others.
+    """
     header = config.header
     options = TableOptions(
         image_key=config.image_key,
@@ -128,6 +133,9 @@ def open_configured(
         caption_lines=config.caption_lines,
         format=config.format,
         templates=tuple(config.templates),
+        val_fraction=config.val_fraction,
+        val_seed=config.val_seed,
+        held_out=held_out,
         header=tuple(header) if isinstance(header, list) else header,
         separator=config.separator,
         encoding=config.encoding,

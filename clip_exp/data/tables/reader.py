@@ -63,6 +63,10 @@ class TableOptions:
     )
     separator: str = "auto"
     encoding: str = "auto"
+    # Rows that are used.
+    val_fraction: float | None = None  # fraction of the images that are held out for validation
+    val_seed: int = 0  # seed of their choice
+    held_out: bool = False  # with `val_fraction`: use the images that are held out, instead of all others
     on_bad_row: OnBadRow = OnBadRow.error  # `skip`: leave bad rows out and count them by reason
     filter: str | None = None  # condition for the rows to use (`tables.filters`); None: all rows
     max_rows: int | None = None  # stop after this number of rows
@@ -101,7 +105,17 @@ class TableOptions:
         }
 
 
-_NEWER = ("columns", "caption_list", "caption_lines", "format", "templates", "header")
+_NEWER = (
+    "columns",
+    "caption_list",
+    "caption_lines",
+    "format",
+    "templates",
+    "header",
+    "val_fraction",
+    "val_seed",
+    "held_out",
+)
 
 
 # Columns of the library `datasets` and of img2dataset

@@ -2,11 +2,13 @@
 
 import hashlib
 import logging
+import posixpath
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +103,11 @@ class Scan:
         if not self._rows:
             which = f"{self.files[0]}{' and the other files' * (len(self.files) > 1)}"
             unconverted = "; ".join(each.describe(file.unit) for file in self.read[:1] for each in file.unconverted)
+            if self.options.val_fraction is not None and any(file.seen for file in self.read) and self._filter is None:
+                raise DataError(
+                    f"{which}: {'no' if self.options.held_out else 'every'} image is held out with data.val_fraction="
+                    f"{self.options.val_fraction:g}: {'increase' if self.options.held_out else 'decrease'} it, or set data.val."
+                )
             raise DataError(
                 f"{which}: no row matches data.filter={self.options.filter}.{f' Values that cannot be compared: {unconverted}.' * bool(unconverted)}"
                 if any(file.seen for file in self.read)
@@ -154,6 +161,8 @@ class Scan:
             mask, found = self._filter.select(block.extra or {}, block.lines)
             unconverted += found
             block = block.keep(mask)
+        if self.options.val_fraction is not None:
+            block = block.keep(self._on_this_side(block))
         block = block.keep(self._have_first_shape(block, bad))
         if block.images is not None and len(block):
             block = replace(block, numbers={**block.numbers, "members": self.store(block.images)}, images=None)
@@ -163,6 +172,14 @@ class Scan:
             columns = {**columns, "label_key": trimmed(columns["label_key"])}
         room = len(block) if self.options.max_rows is None else self.options.max_rows - self._rows
         return RowBlock(columns, numbers).slice(0, room)
+
+    def _on_this_side(self, block: RowBlock) -> np.ndarray:
+        """Return bool [rows], True for the rows whose image is held out, or for those of all other images."""
+        assert self.options.val_fraction is not None
+        limit, seed = int(self.options.val_fraction * 2**64), b"%d/" % self.options.val_seed
+        paths = block.columns["image_key"].to_pylist()
+        held_out = (int.from_bytes(blake2b(seed + _image_name(path), digest_size=8).digest()) < limit for path in paths)
+        return np.fromiter(held_out, dtype=bool, count=len(block)) == self.options.held_out
 
     def _have_first_shape(self, block: RowBlock, bad: BadRows) -> np.ndarray:
         """Return bool [rows], False for a row whose numbers have another shape than those of the table's first row."""
@@ -176,6 +193,11 @@ class Scan:
                     detail = f"{name!r} has {describe(shape)}, but {describe(first)} in the first row (data.columns)"
                     bad.add(int(block.lines[row]), f"{what_of(setting)} unlike the first row's", detail)
         return good
+
+
+def _image_name(path: str) -> bytes:
+    """Return the name by which an image is held out: equal for usual spellings of a path."""
+    return posixpath.normpath(path).encode() if "./" in path or "//" in path else path.encode()
 
 
 def progress_of(files: Sequence[Path]) -> AbstractContextManager[Callable[[int], None]]:

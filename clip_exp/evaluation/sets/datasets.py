@@ -1,6 +1,7 @@
 """Labeled images of an evaluation: `LabeledImages` from a `LabeledDataConfig`. Does not import torch."""
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -182,23 +183,35 @@ def require_tables(tables: Any, where: str) -> None:
 
 
 def read_pairs(
-    table: Any, where: str, data: TableConfig, *, caption_key: str | None = None, label_key: str | None = None
+    table: Any,
+    where: str,
+    data: TableConfig,
+    *,
+    caption_key: str | Sequence[str] | None = None,
+    label_key: str | None = None,
 ) -> PairTable:
     """Read a table (`data.tables.read_table`), with the keys of the task in error messages instead of those of a run."""
     try:
         return read_table(
             table,
             image_key=data.image_key,
-            caption_key=caption_key,
+            caption_key=tuple(caption_key) if isinstance(caption_key, list) else caption_key,
             label_key=label_key,
             image_root=data.image_root,
+            caption_list=data.caption_list,
+            caption_lines=data.caption_lines,
+            format=data.format,
+            header=tuple(data.header) if isinstance(data.header, list) else data.header,
+            val_fraction=data.val_fraction,
+            val_seed=data.val_seed,
+            held_out=data.val_fraction is not None,
             separator=data.separator,
             encoding=data.encoding,
             on_bad_row=data.on_bad_row,
             filter=data.filter,
         )
     except (ConfigError, DataError) as error:
-        keys = "image_key|caption_key|label_key|image_root|separator|encoding|on_bad_row|filter"
+        keys = f"caption_key|label_key|{'|'.join(TableConfig.model_fields)}"
         raise type(error)(re.sub(rf"\bdata\.({keys})\b", rf"{where}.\1", str(error))) from error
 
 

@@ -237,17 +237,17 @@ def test_long_lists_of_a_filter_come_in_smaller_blocks(tmp_path, monkeypatch):
     for i in range(6):
         contents |= {f"{i}.jpg": b"x" * 2_000, f"{i}.txt": "x", f"{i}.json": {"boxes": [1, 2], "more": "x"}}
     file = write_shard(tmp_path / "s.tar", contents)
-    monkeypatch.setattr(records, "_BLOCK_BYTES", 2_000)
+    monkeypatch.setattr(records, "_BLOCK_BYTES", 100)
     blocks = list(shards.ShardReader(file, TableOptions(filter="len(boxes) > 1")).blocks())
     assert [len(block) for block in blocks] == [4, 2]
     assert all(set(block.extra) == {"boxes"} for block in blocks)
 
 
 def test_broken_pax_records_are_reported(tmp_path):
-    for records in (b"x", b"99 path=a\n", b"3 =\n", b"0 path=a\n", b"5 a=\n" * 1_000 + b"-1 path=a\n", b"1" * 5_000):
+    for written in (b"x", b"99 path=a\n", b"3 =\n", b"0 path=a\n", b"5 a=\n" * 1_000 + b"-1 path=a\n", b"1" * 5_000):
         header = tarfile.TarInfo("pax")
-        header.type, header.size = tarfile.XHDTYPE, len(records)
-        data = header.tobuf() + records + bytes(-len(records) % 512)
+        header.type, header.size = tarfile.XHDTYPE, len(written)
+        data = header.tobuf() + written + bytes(-len(written) % 512)
         (tmp_path / "s.tar").write_bytes(data + whole_shard(tmp_path / "s.tar"))
         with pytest.raises(DataError, match=r"the pax header at byte 0 is broken"):
             read_table(tmp_path / "s.tar")
