@@ -40,7 +40,8 @@ class OutputConfig(Config):
         None, description="output format: table, json or csv; null: from the extension of output, else table"
     )
     output: PathText | None = Field(
-        None, description="output file, overwritten if it exists; null: print to the terminal"
+        None,
+        description="output file, which ends with .csv, .json or .txt (table) and is overwritten if it exists; null: print to the terminal",
     )
 
 
