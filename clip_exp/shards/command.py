@@ -69,7 +69,7 @@ class _NothingLeft(Exception):
 
 @dataclass(frozen=True)
 class Job:
-    """What the processes need to write any of the shards."""
+    """Task of writing shards, which the processes get when they start."""
 
     folder: Path
     samples: Samples
