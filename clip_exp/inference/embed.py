@@ -63,7 +63,7 @@ def embed(config: EmbedConfig, arguments: Sequence[str] = ()) -> int:
     if not manifest.rows:
         path, reason, _ = manifest.left_out[0]
         raise DataError(f"none of the {inputs.images:,} images can be read; the first: {path}: {reason}.")
-    print(f"written: {folder} ({manifest.rows:,} rows in {count:,} files)")
+    print(f"written: {folder} ({manifest.rows:,} rows, {config.rows_per_file:,} per file)")
     if manifest.left_out:
         print(f"left out: {len(manifest.left_out):,} images, listed in {folder / LEFT_OUT}")
     return 0

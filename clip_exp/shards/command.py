@@ -252,9 +252,7 @@ def _print_summary(config: MakeShardsConfig, data: DataConfig, job: Job, manifes
     parts = manifest.finished.values()
     size = sum(part.facts["bytes"] for part in parts if part.files) / 1e6
     folder = Path(config.output or "").expanduser()
-    print(
-        f"written: {folder} ({manifest.rows:,} samples in {sum(map(len, (p.files for p in parts))):,} files, {size:,.1f} MB)"
-    )
+    print(f"written: {folder}/*{job.file.ending} ({manifest.rows:,} samples, {size:,.1f} MB)")
     if manifest.left_out:
         kinds = Counter(kind_of(reason) for _, reason, _ in manifest.left_out).most_common()
         listed = ", ".join(f"{count:,} {kind}" for kind, count in kinds)

@@ -256,7 +256,7 @@ def test_the_command_line_embeds_and_reports_all_problems_together(
 ):
     done = clip_exp_command("embed", f"run={run_dir}", f"table={pairs}", "output=out", "similarity=true")
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-1] == "written: out (7 rows in 1 files)"
+    assert done.stdout.splitlines()[-1] == "written: out (7 rows, 10,000 per file)"
     assert len(read(tmp_path / "out")[2]) == 7
     refused = clip_exp_command("embed", "table=absent.csv")
     assert refused.returncode == 2
