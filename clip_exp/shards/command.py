@@ -151,7 +151,12 @@ def _about(config: MakeShardsConfig, job: Job) -> dict[str, Any]:
     """Return what determines the shards."""
     data = config.data
     keys = ("captions", "columns", "max_rows", "filter", "max_image_pixels", "max_image_bytes", "image_formats")
-    files = {name: file for table in job.samples.tables for name, file in table.fingerprint().items()}
+    tables = job.samples.tables
+    files = {
+        f"{name}{f' of source {number}' if len(tables) > 1 else ''}": file
+        for number, table in enumerate(tables, start=1)
+        for name, file in table.fingerprint().items()
+    }
     return {
         "format": plain(config.format),
         "shard_size": config.shard_size,

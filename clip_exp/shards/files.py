@@ -82,7 +82,7 @@ class Tar:
                 yield _digest(sample.key, sample.image, [caption, record])
 
     def read(self, path: Path) -> Iterator[bytes]:
-        # As training reads it, except for the .json, whose list of captions it reads only if asked to
+        # As training reads it, except for the .json, whose list of captions it reads only on request
         reader = ShardReader(path, TableOptions(image_key="jpg", caption_key="txt"))
         with path.open("rb") as file:
             records = {

@@ -30,7 +30,7 @@ def test_an_ending_of_another_format_is_refused(refused: Run, tmp_path: Path) ->
 
 def test_every_command_with_an_output_file_checks_its_ending() -> None:
     with_output = {name for name, schema in SCHEMAS.items() if "output" in schema.model_fields}
-    of_folders = {"export"}
+    of_folders = {"export", "embed", "make-shards"}
     checks_itself = {"convert"}  # tests/weights/test_convert.py
     assert with_output == {*TABLES, *of_folders, *checks_itself}
 

@@ -5,6 +5,8 @@ import io
 import json
 import os
 import signal
+import subprocess
+import sys
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -181,9 +183,13 @@ def test_any_number_of_processes_writes_the_same_bytes_from_tables_and_from_shar
 def test_several_sources_follow_each_other(tmp_path: Path) -> None:
     one, two = write_table(tmp_path / "one", ["a", "b"]), write_table(tmp_path / "two", ["c", "d", "e"])
     sources = f"data.train=[{{path: {one}}},{{path: {two}}}]"
-    make_shards(compose("make-shards", [sources, f"output={tmp_path}/out", f"output_dir={tmp_path}/outputs"]))
+    config = compose("make-shards", [sources, f"output={tmp_path}/out", f"output_dir={tmp_path}/outputs"])
+    make_shards(config)
     captions = sorted(caption for caption, _, _ in pairs(f"{tmp_path}/out/*.tar"))
     assert captions == sorted(2 * ["a", "b", "c", "d", "e"])
+    one.write_text(one.read_text().replace('"a"', '"other"'))
+    with pytest.raises(ConfigError, match=r"pairs\.jsonl of source 1 has changed"):
+        make_shards(config)
 
 
 def test_bad_images_are_left_out_and_listed_or_stop_the_command(tmp_path: Path, capsys) -> None:
@@ -378,6 +384,15 @@ def test_wrong_input_is_refused_with_one_message_and_leaves_no_folder(
     done = refused(DOOR, "make-shards", *arguments, cwd=tmp_path)
     assert (done.returncode, message in done.stderr) == (code, True), done.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_torch_is_not_imported_which_would_take_seconds(tmp_path: Path) -> None:
+    code = (
+        f"import sys\nfrom clip_exp.cli import run\ncode = run('make-shards', ['data.train={write_table(tmp_path)}', 'output=out'])\n"
+        "assert (code, 'torch' in sys.modules) == (0, False)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
 
 
 def test_further_columns_need_a_sample_per_pair_if_images_have_several_rows(tmp_path: Path) -> None:
