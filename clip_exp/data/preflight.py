@@ -72,14 +72,20 @@ def check_tables(config: TrainConfig) -> RunTables:
     origins = [("data.train", source.rows.origin) for source in opened.train]
     if opened.val is not None:
         origins += [("data.val", origin) for origin in opened.val.origins]
-    problems = [
-        problem
-        for key, origin in origins
-        for problem in (*_check_rows(key, origin, data), *_check_images(key, origin, ImageLimits.of(data)))
-    ]
+    problems = [problem for key, origin in origins for problem in check_origin(key, origin, data)]
     if problems:
         raise DataError("\n".join(problems))
     return RunTables(sum(len(source.rows) for source in opened.train), opened)
+
+
+def check_origin(key: str, origin: Origin, data: DataConfig) -> Iterator[str]:
+    """Yield a message if too many rows are bad, too many captions are empty, or no image can be read.
+
+    Args:
+        key: key of the data, for messages.
+    """
+    yield from _check_rows(key, origin, data)
+    yield from _check_images(key, origin, ImageLimits.of(data))
 
 
 def _check_files(key: str, paths: list[Any], layout: Format) -> Iterator[str]:

@@ -349,7 +349,7 @@ def encode_images(
     total = sum(len(blocks[number]) for number in mine)
     with report_killed_workers("num_workers"), progress(total, what, len(images)) as advance:
         advance(sum(len(blocks[number]) for number in found))
-        for number, block in _encode_blocks(encoder, images, options, missing, advance):
+        for number, block in encode_blocks(encoder, images, options, missing, advance):
             store.write(number, block)
             found[number] = block
     everywhere = {number: block for of_rank in gather_objects(found) for number, block in of_rank.items()}
@@ -398,14 +398,25 @@ class _Store:
             )
 
 
-def _encode_blocks(
+def encode_blocks(
     encoder: ImageEncoder,
     images: ImageSet,
     options: EncodeOptions,
     blocks: dict[int, range],
     advance: Callable[[int], None],
 ) -> Iterator[tuple[int, EncodedImages]]:
-    """Yield each block as soon as its last batch is encoded."""
+    """Yield each block as soon as its last batch is encoded. The images of all blocks are read by the same workers.
+
+    Args:
+        encoder: encoder of the images.
+        images: images of all blocks.
+        options: options for reading and encoding.
+        blocks: positions of the images of each block, by number.
+        advance: called with the number of images done since the last call.
+
+    Raises:
+        DataError: an image cannot be read and `on_bad_image` is `error`.
+    """
     if not blocks:
         return
     batches = [

@@ -190,6 +190,8 @@ URLS = [
     ("search", "index=s3://bucket/a.index", "index=/local/path"),
     ("export", "output=simplecache::s3://bucket/model", "output=/local/path"),
     ("check-data", "output_dir=s3://bucket", "output_dir=/local/path"),
+    ("embed", "output=s3://bucket/features", "output=/local/path"),
+    ("make-shards", "output=s3://bucket/shards", "output=/local/path"),
 ]
 
 

@@ -47,12 +47,13 @@ def validation_table(run: "TrainConfig | None", key: str, output_dir: str) -> di
         "image_root": read.image_root if data.generate is None else None,
         "allow_outside_root": data.allow_outside_root,
         "on_bad_row": data.on_bad_row,
+        "table_format": read.format,
         **{key: getattr(read, key) for key in _READING},
     }
 
 
 _READING = (
-    "image_key", "caption_list", "caption_lines", "format", "header", "separator", "encoding", "filter", "val_fraction", "val_seed",
+    "image_key", "caption_list", "caption_lines", "header", "separator", "encoding", "filter", "val_fraction", "val_seed",
 )  # fmt: skip
 
 
