@@ -136,7 +136,7 @@ class TableConfig(Config):
         False, description="read captions that are written as lists, such as ['a dog', 'a pet'], as several captions"
     )
     caption_lines: bool = Field(False, description="read each line of a caption as a caption of its own")
-    format: Format = Field(
+    table_format: Format = Field(
         Format.auto, description="layout of the table, as data.format; auto: by extension and content"
     )
     header: Header = Field(
