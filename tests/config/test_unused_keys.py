@@ -27,6 +27,9 @@ TRAINING: dict[tuple[str, ...], dict[str, str]] = {
     (*CSV, "data.val={_target_: tests.datasets.Pairs}"): {
         "data.label_key=label": "with the Dataset data.val, whose items have the labels",
     },
+    (*CSV, "data.captions=all", "data.caption_key=[a,b]"): {
+        "data.caption_weights=[1,2]": "with data.captions=all, which uses every caption of an image",
+    },
     CUSTOM: {
         "data.shuffle_block=2": "with a full shuffle: set data.shuffle=block",
         "data.templates=['a {}']": "without labeled validation data",
@@ -73,6 +76,7 @@ TRAINING: dict[tuple[str, ...], dict[str, str]] = {
         "trainer.limit_val_batches=2": "without validation data: set data.val",
         "trainer.num_sanity_val_steps=2": "without validation data: set data.val",
         "data.label_key=label": "without validation data: set data.val",
+        "data.val_seed=1": "without data.val_fraction: set that",
         "data.templates=['a {}']": "without labeled validation data",
     },
     ("model=open_clip", "model.name=ViT-B-32", "scheduler=constant", "data.on_bad_image=error"): {
