@@ -15,7 +15,7 @@ import numpy as np
 
 from clip_exp.config.data import CustomDataConfig, DataConfig
 from clip_exp.config.training import TrainConfig
-from clip_exp.data.files import BadImage, ImageLimits, check_formats, kind_of
+from clip_exp.data.files import BadImage, ImageLimits, check_formats, kind_of, open_image_bytes
 from clip_exp.data.generated import count_rows
 from clip_exp.data.pairs import Origin, bytes_of
 from clip_exp.data.stream import INDEX, Sources, blocks_of, open_all
@@ -125,7 +125,9 @@ def _check_images(key: str, origin: Origin, limits: ImageLimits) -> Iterator[str
     reasons: list[str] = []
     for row in rows:
         try:
-            origin.read_image(row, limits)
+            image = origin.read_image(row, limits)
+            if isinstance(image, bytearray):
+                open_image_bytes(image, limits)
             return
         except BadImage as error:
             reasons.append(str(error))
