@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import PIL
 import torch
@@ -25,8 +25,8 @@ class _Torchcodec(NamedTuple):
     """Functions of torchcodec, which apply the EXIF orientation and raise a RuntimeError for an image that they refuse."""
 
     version: str
-    decode_jpeg: Callable[..., Tensor]
-    decode_webp: Callable[..., Tensor]
+    decode_jpeg: Callable[..., Any]
+    decode_webp: Callable[..., Any]
 
 
 def image_decoder() -> str:
@@ -42,18 +42,20 @@ def decode_jpeg(data: bytearray) -> Tensor | None:
     """Return the upright RGB pixels of a JPEG, uint8 [3, H, W]; None if torchcodec is missing or refuses the image."""
     if (found := _torchcodec()) is None:
         return None
+    pixels: Tensor | None = None
     with suppress(RuntimeError), silent_worker():
-        return found.decode_jpeg(torch.frombuffer(data, dtype=torch.uint8))
-    return None
+        pixels = found.decode_jpeg(torch.frombuffer(data, dtype=torch.uint8))
+    return pixels
 
 
 def decode_webp(data: bytearray) -> Tensor | None:
     """Return the upright pixels of a still WebP, uint8 [3 or 4, H, W]; None: see `decode_jpeg`."""
     if (found := _torchcodec()) is None:
         return None
+    pixels: Tensor | None = None
     with suppress(RuntimeError):
-        return found.decode_webp(torch.frombuffer(data, dtype=torch.uint8), mode="UNCHANGED")
-    return None
+        pixels = found.decode_webp(torch.frombuffer(data, dtype=torch.uint8), mode="UNCHANGED")
+    return pixels
 
 
 @cache

@@ -304,7 +304,9 @@ def check_formats(names: Iterable[str]) -> Iterator[str]:
             yield f"data.image_formats: {name} is not allowed, because Ghostscript would execute such files; remove it."
         elif name.upper() not in known:
             aliases = {suffix.strip(".").upper(): format for suffix, format in Image.registered_extensions().items()}
-            near = aliases.get(name.upper()) or next(iter(difflib.get_close_matches(name.upper(), sorted(known), 1)), None)
+            near = aliases.get(name.upper()) or next(
+                iter(difflib.get_close_matches(name.upper(), sorted(known), 1)), None
+            )
             yield f"data.image_formats: Pillow cannot read {name!r}{f'; did you mean {near}?' if near else '.'}"
 
 
@@ -345,9 +347,10 @@ def _check_strips(image: ImageFile.ImageFile) -> None:
     Pillow decodes all of them: a million offsets of one strip would take hours.
     """
     width, height = image.size
-    covered = sum((right - left) * (bottom - top) for _, (left, top, right, bottom), *_ in image.tile if left < right)
+    boxes = [tile.extents or (0, 0, 0, 0) for tile in image.tile]
+    covered = sum((right - left) * (bottom - top) for left, top, right, bottom in boxes)
     if covered > width * height * _MAX_LAYERS:
-        raise BadImage(f"{DAMAGED}: a TIFF whose {len(image.tile):,} strips overlap")
+        raise BadImage(f"{DAMAGED}: a TIFF whose {len(boxes):,} strips overlap")
 
 
 def _unidentified(data: bytearray, allowed: tuple[str, ...]) -> str:

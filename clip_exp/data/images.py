@@ -109,7 +109,7 @@ def decode_rgb(data: bytearray, limits: ImageLimits) -> Tensor:
     with _without_warnings():
         image = open_image_bytes(data, limits)
         try:
-            if image.format in JPEGS and (pixels := decoders.decode_jpeg(data)) is not None:
+            if image.format in JPEGS and _exif_is_first(image) and (pixels := decoders.decode_jpeg(data)) is not None:
                 _check_shape(pixels, image)
                 return pixels
             if _is_still_webp(image) and (pixels := decoders.decode_webp(data)) is not None:
@@ -156,6 +156,12 @@ def pil_to_tensor(image: Image.Image) -> Tensor:
 def _check_shape(pixels_CHW: Tensor, image: Image.Image) -> None:
     if sorted(pixels_CHW.shape[1:]) != sorted(image.size):
         raise BadImage(f"{DAMAGED}: the header contradicts itself")
+
+
+def _exif_is_first(image: Image.Image) -> bool:
+    """Return True for a JPEG without EXIF, or with EXIF in its first APP1 segment, the only one where torchcodec looks."""
+    first = next((body for name, body in getattr(image, "applist", ()) if name == "APP1"), b"")
+    return first.startswith(b"Exif") or "exif" not in image.info
 
 
 def _is_still_webp(image: Image.Image) -> bool:

@@ -1,7 +1,6 @@
 """Check of the directories of a TIFF before Pillow reads them. Does not import torch."""
 
 import struct
-from collections.abc import Iterator
 
 # Values of a tag, which Pillow converts to a tuple of Python objects: a tag of 60 MB would become some GB. An image has an
 # offset for each strip or tile, at most one per row and color or a few for 1,000 pixels.
@@ -9,6 +8,7 @@ MAX_VALUES = 1 << 18
 MAX_TAGS = 1 << 12  # of a directory; published TIFFs have some dozens
 _BYTES = (1, 2, 7)  # types whose values remain bytes: BYTE, ASCII, UNDEFINED
 _DIRECTORIES = (0x8769, 0x8825, 0xA005)  # tags that point to directories that Pillow reads, too: EXIF, GPS, Interop
+_OFFSETS = {3: "H", 4: "L", 13: "L", 16: "Q"}  # types of such a pointer: SHORT, LONG, IFD, LONG8
 
 
 def is_tiff(data: bytearray) -> bool:
@@ -18,26 +18,37 @@ def is_tiff(data: bytearray) -> bool:
 
 def problem(data: bytearray) -> str | None:
     """Return what is wrong with the directories of a TIFF's first image; None: nothing, or Pillow will report it."""
-    order, is_big = ("<" if data[:2] == b"II" else ">"), b"+" in data[2:4]
-    try:
-        (first,) = struct.unpack_from(f"{order}Q" if is_big else f"{order}L", data, 8 if is_big else 4)
-        return next(_problems(data, first, order, is_big), None)
-    except struct.error:  # a directory behind the end of the file
-        return None
+    order, is_big = "<" if data[:2] == b"II" else ">", b"+" in data[2:4]
+    first = int.from_bytes(data[8:16] if is_big else data[4:8], "little" if order == "<" else "big")
+    directories = [first]
+    for start in directories:  # grows while it is read
+        try:
+            if found := _problem_in(data, start, order, is_big, directories):
+                return found
+        except struct.error:  # a directory behind the end of the file
+            continue
+    return None
 
 
-def _problems(data: bytearray, start: int, order: str, is_big: bool, depth: int = 0) -> Iterator[str]:
-    number, entry, offset = (f"{order}Q", f"{order}HHQ", f"{order}Q") if is_big else (f"{order}H", f"{order}HHL", f"{order}L")
+def _problem_in(data: bytearray, start: int, order: str, is_big: bool, directories: list[int]) -> str | None:
+    """Return what is wrong with a directory, and add those that it points to."""
+    number, entry = (
+        (order + "Q", struct.Struct(order + "HHQ8s")) if is_big else (order + "H", struct.Struct(order + "HHL4s"))
+    )
     (tags,) = struct.unpack_from(number, data, start)
     if tags > MAX_TAGS:
-        yield f"a directory of {tags:,} tags"
-        return
+        return f"a directory of {tags:,} tags"
     start += struct.calcsize(number)
-    step = struct.calcsize(entry) + struct.calcsize(offset)
-    for position in range(start, start + tags * step, step):
-        tag, kind, count = struct.unpack_from(entry, data, position)
+    for position in range(start, start + tags * entry.size, entry.size):
+        tag, kind, count, value = entry.unpack_from(data, position)
         if kind not in _BYTES and count > MAX_VALUES:
-            yield f"a tag of {count:,} values"
-        if tag in _DIRECTORIES and depth < len(_DIRECTORIES):
-            (inner,) = struct.unpack_from(offset, data, position + step - struct.calcsize(offset))
-            yield from _problems(data, inner, order, is_big, depth + 1)
+            return f"a tag of {count:,} values"
+        if tag in _DIRECTORIES:
+            if kind not in _OFFSETS:
+                return f"an EXIF directory at a place of type {kind}"
+            (place,) = struct.unpack_from(order + _OFFSETS[kind], value)
+            if place not in directories:
+                directories.append(place)
+        if len(directories) > 1 + len(_DIRECTORIES):
+            return "several EXIF directories"
+    return None

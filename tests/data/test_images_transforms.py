@@ -9,8 +9,7 @@ from torchvision import transforms
 from torchvision.transforms.v2 import InterpolationMode, RandomResizedCrop
 
 from clip_exp.config.data import AugmentationConfig
-from clip_exp.data.files import BadImage
-from clip_exp.data.files import ImageLimits
+from clip_exp.data.files import BadImage, ImageLimits
 from clip_exp.data.images import crop_box, eval_transform, normalize, open_image, pil_to_tensor, train_transform
 from clip_exp.data.randomness import Draws
 from tests.data.conftest import load, noise

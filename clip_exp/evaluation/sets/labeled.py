@@ -17,7 +17,22 @@ from clip_exp.errors import ConfigError, DataError
 from clip_exp.evaluation.sets.class_names import CLASS_SETS, class_set, imagenet_index, read_names
 
 IMAGE_SUFFIXES = frozenset(
-    (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".heic", ".heif", ".hif", ".ppm", ".pgm")
+    (
+        ".jpg",
+        ".jpeg",
+        ".png",
+        ".webp",
+        ".bmp",
+        ".gif",
+        ".tif",
+        ".tiff",
+        ".avif",
+        ".heic",
+        ".heif",
+        ".hif",
+        ".ppm",
+        ".pgm",
+    )
 )
 WNID = re.compile(r"n\d{8}$")
 ACCEPTED = (
