@@ -142,7 +142,7 @@ class ModelSource:
         return self.weights.name == EMA_WEIGHTS
 
     def image_limits(self, max_pixels: int = MAX_EVALUATED_PIXELS) -> ImageLimits:
-        """Return the limits for images of the model: a run's own formats, so that what it was trained on can be evaluated."""
+        """Return the limits for images of the model: what a run was trained on can be evaluated."""
         return ImageLimits.evaluated(max_pixels, None if self.run is None else self.run.data)
 
     def sha256(self) -> str:

@@ -76,7 +76,8 @@ def _has_placeholder(template: str) -> str:
 Template = Annotated[str, AfterValidator(_has_placeholder)]
 
 
-# Formats of images that every command reads unless a run's `image_formats` differ, by Pillow's names
+# Formats of images that every command reads, by Pillow's names. A run's own `image_formats` decide what it trains on, and are
+# read by later commands, too.
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "HEIF")
 _SUFFIX_FORMATS = {"JPG": "JPEG", "TIF": "TIFF", "HEIC": "HEIF", "HIF": "HEIF"}
 
@@ -315,7 +316,7 @@ class DataConfig(Config):
     )
     image_formats: Annotated[list[str], AfterValidator(_pillow_names)] = Field(
         list(IMAGE_FORMATS),
-        description="accepted image formats, by Pillow's names; the commands that use the run read the same formats; HEIF (HEIC) needs "
+        description="accepted image formats, by Pillow's names; commands that use the run read them, too; HEIF (HEIC) needs "
         "pillow-heif",
     )
     allow_outside_root: bool = Field(

@@ -87,12 +87,13 @@ class ImageLimits:
 
         Args:
             max_pixels: largest image.
-            run: data configuration of the run that trained the model. Its formats are accepted, and files as large as
-                in its training.
+            run: data configuration of the run that trained the model. Its formats are accepted next to the usual ones,
+                and files as large as in its training.
         """
         if run is None:
             return cls(max_pixels, MAX_EVALUATED_BYTES)
-        return cls(max_pixels, max(run.max_image_bytes, MAX_EVALUATED_BYTES), tuple(run.image_formats))
+        formats = tuple(dict.fromkeys((*IMAGE_FORMATS, *run.image_formats)))
+        return cls(max_pixels, max(run.max_image_bytes, MAX_EVALUATED_BYTES), formats)
 
 
 def kind_of(reason: str) -> str:
@@ -224,9 +225,9 @@ def open_image_bytes(data: bytearray, limits: ImageLimits) -> ImageFile.ImageFil
     """
     if tiff.is_tiff(data) and (problem := tiff.problem(data)):
         raise BadImage(f"{DAMAGED}: a TIFF with {problem}")
-    formats = limits.formats
-    if HEIF in formats and not (data[4:8] == _CONTAINER and reads_heif()):
-        formats = tuple(name for name in formats if name != HEIF)
+    formats = [name for name in limits.formats if name != HEIF]
+    if HEIF in limits.formats and data[4:8] == _CONTAINER and reads_heif():
+        formats.append(HEIF)  # last, because its decoder also opens some AVIFs, and then fails
     try:
         stream = _Bytes(data) if len(data) > _COUNTED_BYTES else BytesIO(data)
         image = Image.open(stream, formats=formats)

@@ -135,7 +135,7 @@ def _check_images(key: str, origin: Origin, limits: ImageLimits) -> Iterator[str
     yield (
         f"{key}: none of {len(rows)} images sampled from {origin.name} can be read; the first is "
         f"{origin.location(rows[0])}: {reasons[0]}. {origin.remedy(rows[0], kind)}"
-    )
+    ).rstrip()
 
 
 # The fingerprint of the data, stored in checkpoints and compared when a run is resumed.

@@ -75,7 +75,7 @@ def encode_options(config: InferenceConfig, source: ModelSource) -> EncodeOption
 
     Args:
         config: configuration of the command.
-        source: source of the model. Images may have the formats that its run accepts.
+        source: source of the model, whose run may accept further formats.
     """
     device = torch.device(resolve_accelerator(config.accelerator))
     return EncodeOptions(

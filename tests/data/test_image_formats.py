@@ -5,14 +5,13 @@ import sys
 import tracemalloc
 from collections.abc import Iterator
 from io import BytesIO
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageOps
 
-from clip_exp.config.data import DataConfig
+from clip_exp.config.data import IMAGE_FORMATS, DataConfig
 from clip_exp.data import tiff as tiff_check
 from clip_exp.data.files import BadImage, ImageLimits, reads_heif
 from clip_exp.data.images import decode, decode_rgb
@@ -185,7 +184,7 @@ def test_formats_may_be_named_by_their_suffixes():
     assert config.image_formats == ["JPEG", "TIFF", "HEIF", "AVIF"]
 
 
-def test_evaluation_accepts_the_formats_of_the_run_and_its_large_files(tmp_path: Path):
-    run = DataConfig(name="csv", image_formats=["TIFF"], max_image_bytes=1 << 30, max_image_pixels=10)
-    assert ImageLimits.evaluated(500, run) == ImageLimits(500, 1 << 30, ("TIFF",))
+def test_evaluation_also_accepts_the_formats_and_large_files_of_the_run():
+    run = DataConfig(name="csv", image_formats=["PPM", "TIFF"], max_image_bytes=1 << 30, max_image_pixels=10)
+    assert ImageLimits.evaluated(500, run) == ImageLimits(500, 1 << 30, (*IMAGE_FORMATS, "PPM"))
     assert ImageLimits.evaluated(500) == ImageLimits(500, 256 << 20)

@@ -13,7 +13,7 @@ import pytest
 import torchvision.datasets
 
 from clip_exp.config.evaluation import LabeledDataConfig
-from clip_exp.data.files import BadImage
+from clip_exp.data.files import BadImage, ImageLimits
 from clip_exp.errors import ConfigError, DataError
 from clip_exp.evaluation.sets.datasets import labeled_images
 from clip_exp.evaluation.sets.labeled import LabeledImages
@@ -257,4 +257,4 @@ def test_a_broken_file_is_a_bad_image_and_a_change_changes_the_fingerprint(tmp_p
     with pytest.raises(BadImage, match=r"^not an image$"):
         images.images.open(1, 10**9)
     with pytest.raises(BadImage, match="more than max_image_pixels=100"):
-        images.images.open(0, 100)
+        images.images.open(0, ImageLimits(100))
