@@ -131,10 +131,9 @@ def decode(data: bytearray, limits: ImageLimits) -> Image.Image:
     with _without_warnings():
         image = open_image_bytes(data, limits)
         try:
-            is_stored = _is_still_webp(image) and orientation_of(image) == 1  # torchcodec turns the others upright
-            if is_stored and (pixels := decoders.decode_webp(data)) is not None:
+            if _is_still_webp(image) and (pixels := decoders.decode_webp(data)) is not None:
                 _check_shape(pixels, image)
-                return Image.fromarray(pixels.permute(1, 2, 0).numpy())
+                return Image.fromarray(_as_stored(pixels.permute(1, 2, 0).numpy(), orientation_of(image)))
             return _in_8_bits(image)
         except Exception as error:
             raise bad_image(error) from error
@@ -227,7 +226,7 @@ def _upright_rgb(strips: Strips, size: tuple[int, int], orientation: int = 1) ->
     """
     width, height = size if orientation in SIDEWAYS else size[::-1]
     upright = np.empty((width, height, 3), dtype=np.uint8)
-    stored = _AS_STORED[orientation](upright) if orientation in _AS_STORED else upright
+    stored = _as_stored(upright, orientation)
     for top, strip in strips:
         if strip.mode.startswith("I"):
             strip = Image.fromarray(_upper_byte(strip))
@@ -235,6 +234,10 @@ def _upright_rgb(strips: Strips, size: tuple[int, int], orientation: int = 1) ->
             strip = Image.alpha_composite(Image.new("RGBA", strip.size, _WHITE), strip.convert("RGBA"))
         stored[top : top + strip.height] = np.asarray(strip.convert("RGB"))
     return torch.from_numpy(upright).permute(2, 0, 1)
+
+
+def _as_stored(upright_HWC: np.ndarray, orientation: int) -> np.ndarray:
+    return _AS_STORED[orientation](upright_HWC) if orientation in _AS_STORED else upright_HWC
 
 
 def _upper_byte(image: Image.Image) -> np.ndarray:
