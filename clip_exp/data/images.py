@@ -8,7 +8,7 @@ Images stay uint8 until they are on the device. Copying uint8 moves a quarter of
 
 Files are untrusted. The limits are checked in the header before any pixel is decoded. Any exception of a decoder
 becomes a `BadImage` with a reason, and its warnings are suppressed. For images within the default limits, decoding
-needs less than 500 MB.
+needs less than 500 MB, and slightly more for an AVIF with alpha and full color resolution.
 """
 
 import math

@@ -5,6 +5,7 @@ Does not import torch.
 
 import hashlib
 import json
+import warnings
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
@@ -127,7 +128,9 @@ def _check_images(key: str, origin: Origin, limits: ImageLimits) -> Iterator[str
         try:
             image = origin.read_image(row, limits)
             if isinstance(image, bytearray):
-                open_image_bytes(image, limits)
+                with warnings.catch_warnings():  # of Pillow, about single images
+                    warnings.simplefilter("ignore")
+                    open_image_bytes(image, limits)
             return
         except BadImage as error:
             reasons.append(str(error))

@@ -153,7 +153,9 @@ def test_files_of_cifar_with_other_checksums_are_read_and_listed_in_the_protocol
     assert "other checksums than in torchvision" in caplog.text
     train = read(tmp_path, "CIFAR10", "train")
     assert len(train.labels) == 65
-    assert np.array_equal(np.asarray(train.images.open(14, ImageLimits(10**9))), cifar10_pixels(tmp_path, "data_batch_2")[1])
+    assert np.array_equal(
+        np.asarray(train.images.open(14, ImageLimits(10**9))), cifar10_pixels(tmp_path, "data_batch_2")[1]
+    )
 
 
 class Command:
