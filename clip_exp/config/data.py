@@ -93,6 +93,17 @@ def _has_placeholder(template: str) -> str:
 Template = Annotated[str, AfterValidator(_has_placeholder)]
 
 
+# Formats of images that every command reads, by Pillow's names. A run's own `image_formats` decide what it trains on, and are
+# read by later commands, too.
+IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "HEIF")
+_SUFFIX_FORMATS = {"JPG": "JPEG", "TIF": "TIFF", "HEIC": "HEIF", "HIF": "HEIF"}
+
+
+def _pillow_names(names: list[str]) -> list[str]:
+    """Return Pillow's names of formats, which may be named by their suffixes in any case, without repetitions."""
+    return list(dict.fromkeys(_SUFFIX_FORMATS.get(name.upper(), name.upper()) for name in names))
+
+
 class AugmentationConfig(Config):
     """Augmentation of training images.
 
@@ -371,8 +382,10 @@ class DataConfig(Config):
     max_image_bytes: Count = Field(
         67_108_864, description="maximum size of an image file in bytes; larger files count as bad and are not read"
     )
-    image_formats: list[str] = Field(
-        ["JPEG", "PNG", "WEBP", "GIF", "BMP"], description="accepted image formats, by Pillow's names"
+    image_formats: Annotated[list[str], AfterValidator(_pillow_names)] = Field(
+        list(IMAGE_FORMATS),
+        description="accepted image formats, by Pillow's names; commands that use the run read them, too; HEIF (HEIC) needs "
+        "pillow-heif",
     )
     allow_outside_root: bool = Field(
         False, description="allow relative image paths that lead out of image_root through .."

@@ -5,6 +5,7 @@ Does not import torch.
 
 import hashlib
 import json
+import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
@@ -15,7 +16,7 @@ import numpy as np
 
 from clip_exp.config.data import CustomDataConfig, DataConfig, Format
 from clip_exp.config.training import TrainConfig
-from clip_exp.data.files import BadImage, ImageLimits, check_formats, kind_of
+from clip_exp.data.files import BadImage, ImageLimits, check_formats, kind_of, open_image_bytes
 from clip_exp.data.generated import count_rows
 from clip_exp.data.pairs import Origin, bytes_of
 from clip_exp.data.stream import INDEX, Sources, blocks_of, open_all
@@ -130,7 +131,11 @@ def _check_images(key: str, origin: Origin, limits: ImageLimits) -> Iterator[str
     reasons: list[str] = []
     for row in rows:
         try:
-            origin.read_image(row, limits)
+            image = origin.read_image(row, limits)
+            if isinstance(image, bytearray):
+                with warnings.catch_warnings():  # of Pillow, about single images
+                    warnings.simplefilter("ignore")
+                    open_image_bytes(image, limits)
             return
         except BadImage as error:
             reasons.append(str(error))
@@ -138,7 +143,7 @@ def _check_images(key: str, origin: Origin, limits: ImageLimits) -> Iterator[str
     yield (
         f"{key}: none of {len(rows)} images sampled from {origin.name} can be read; the first is "
         f"{origin.location(rows[0])}: {reasons[0]}. {origin.remedy(rows[0], kind)}"
-    )
+    ).rstrip()
 
 
 # The fingerprint of the data, stored in checkpoints and compared when a run is resumed.

@@ -280,7 +280,8 @@ def load_pipeline(source: ModelSource, accelerator: str = "auto") -> Pipeline:
         CheckpointError: the weights cannot be read, or are of another model.
     """
     device = torch.device(resolve_accelerator(accelerator))
-    return Pipeline(load_model(source, device), source.model, device, source=source)
+    options = EncodeOptions(device, limits=source.image_limits())
+    return Pipeline(load_model(source, device), source.model, device, options, source)
 
 
 def open_pipeline(config: UseConfig, source: ModelSource) -> Pipeline:
@@ -290,7 +291,7 @@ def open_pipeline(config: UseConfig, source: ModelSource) -> Pipeline:
         ConfigError: the accelerator is not available.
         CheckpointError: the weights cannot be read, or are of another model.
     """
-    options = encode_options(config)
+    options = encode_options(config, source)
     pipeline = Pipeline(load_model(source, options.device), source.model, options.device, options, source)
     pipeline.frames = config.frames or pipeline.frames
     return pipeline

@@ -162,7 +162,7 @@ CROSS_FIELD = {
     "pattern that finds nothing": (["data=csv", "data.train=*.none"], "data.train: The table *.none matches no file"),
     "no blocks": (["data.shuffle_block=0"], "data.shuffle_block=0 must be greater than 0"),
     "no window": (["data.shuffle_window=0"], "data.shuffle_window=0 must be greater than 0"),
-    "format that nobody reads": (["data.image_formats=[JPG]"], "data.image_formats: "),
+    "format that nobody reads": (["data.image_formats=[JPGG]"], "data.image_formats: "),
     "no bytes": (["data.max_image_bytes=0"], "data.max_image_bytes=0 must be greater than 0"),
     "filter that is not a condition": (["data.filter='width >'"], "data.filter='width >' is not a valid condition"),
     "no time": (["strategy.timeout_s=0"], "strategy.timeout_s=0"),

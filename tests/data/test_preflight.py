@@ -1,5 +1,6 @@
 """Problems with the data of a run are reported before its folder is created."""
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -8,10 +9,12 @@ import pytest
 from clip_exp.config.base import parse, plain
 from clip_exp.config.data import DataConfig, OnBadRow
 from clip_exp.config.training import TrainConfig
+from clip_exp.data.files import reads_heif
 from clip_exp.errors import ClipExpError, ConfigError, DataError
 from clip_exp.training.preflight import check_train
 from tests.compose import train_config
 from tests.data.conftest import noise, write_table
+from tests.data.encoded import encoded
 
 
 def config_of(folder: Path, train: Any, **values: Any) -> TrainConfig:
@@ -177,3 +180,26 @@ def test_the_rows_of_all_sources_count(tmp_path, table):
     config.global_batch_size = 9
     with pytest.raises(ConfigError, match="global_batch_size=9 is more than the 8 training rows"):
         check_train(config)
+
+
+def test_images_that_nothing_decodes_are_one_message_at_the_start(tmp_path, monkeypatch):
+    """As in a folder of an iPhone's photos."""
+    names = [f"IMG_{i}.HEIC" for i in range(4)]
+    for i, name in enumerate(names):
+        (tmp_path / name).write_bytes(encoded(noise(i), "HEIF"))
+    heic = write_table(tmp_path / "pairs.csv", [["filepath", "title"], *([name, "an image"] for name in names)])
+    check_train(config_of(tmp_path, str(heic)))
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    reads_heif.cache_clear()
+    try:
+        found = refusal(tmp_path, str(heic), DataError)
+    finally:
+        reads_heif.cache_clear()
+    assert found == (
+        f"data.train: none of 4 images sampled from {heic} can be read; the first is {tmp_path}/IMG_0.HEIC "
+        f"({heic}, line 2): no decoder: HEIC needs "
+        "pillow-heif: pip install pillow-heif."
+    )
+    assert "HEIF is not in data.image_formats" in refusal(
+        tmp_path, str(heic), DataError, image_formats=["JPEG", "TIFF"]
+    )

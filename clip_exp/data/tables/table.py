@@ -20,7 +20,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from clip_exp.data.files import (
+    NO_DECODER,
     NO_SUCH_FILE,
+    NOT_ALLOWED,
     OUTSIDE_ROOT,
     TOO_MANY_BYTES,
     ImageLimits,
@@ -286,12 +288,14 @@ class PairTable:
                 "Images are read from files, not from URLs: download them first (img2dataset writes shards from such "
                 "a table)."
             )
-        if kind == NO_SUCH_FILE and "\\" in path:
-            return "Use slashes in paths, not backslashes."
         if kind == NO_SUCH_FILE and self.members is None:
             return f"Relative paths start from {self.root}: set data.image_root."
         if kind == TOO_MANY_BYTES:
             return "Increase data.max_image_bytes, or use smaller images."
+        if kind == NO_DECODER:
+            return ""  # the reason says what to install
+        if kind == NOT_ALLOWED:
+            return "Add their format to data.image_formats, or convert the images."
         return "Recreate the shards." if self.members is not None else "Repair the images."
 
     def unreadable(self, row: int, reason: str, setting: str) -> str:

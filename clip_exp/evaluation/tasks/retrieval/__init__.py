@@ -136,7 +136,7 @@ class RetrievalTask(Task):
                 **copies,
                 "image_to_text": "hit if any caption of the image is in the top k",
             }
-            details = examples(image_features, text_features, rows, encoded.kept, captions, self.images)
+            details = examples(image_features, text_features, rows, encoded.kept, captions, self.images, encoded.limits)
             return Result(retrieval(image_features, text_features, rows), protocol, details)
 
         return compute_result
