@@ -194,7 +194,7 @@ def _write_missing(
     from clip_exp.loading import load_model
     from clip_exp.text.tokenizer import build_tokenizer
 
-    options = encode_options(config)
+    options = encode_options(config, source)
     tokenizer = build_tokenizer(source.model.text)
     model = EvaluatedModel(load_model(source, options.device), tokenizer, source.model, options)
     images = inputs.image_set(np.concatenate([rows.sources for rows in missing.values()]))

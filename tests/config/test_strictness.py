@@ -158,7 +158,10 @@ CROSS_FIELD = {
     "crop larger than the image": (["data.augmentation.scale=[0.5,2]"], "at most 1"),
     "flip more often than always": (["data.augmentation.horizontal_flip=2"], "must be at most 1"),
     "empty path among sources": (["data=csv", "data.train=[{path: a.csv},'']"], "data.train[1]= must not be empty"),
-    "folder as a table": (["data=csv", "data.train=tests/config"], "data.train: The folder tests/config has neither tables nor images"),
+    "folder as a table": (
+        ["data=csv", "data.train=tests/config"],
+        "data.train: The folder tests/config has neither tables nor images",
+    ),
     "pattern that finds nothing": (["data=csv", "data.train=*.none"], "data.train: The table *.none matches no file"),
     "no blocks": (["data.shuffle_block=0"], "data.shuffle_block=0 must be greater than 0"),
     "no window": (["data.shuffle_window=0"], "data.shuffle_window=0 must be greater than 0"),
