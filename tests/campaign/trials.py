@@ -231,9 +231,10 @@ def _destroy(run: Run, fault: Fault, folder: Path) -> str:
     backup = run.folder / "backup"
     shutil.copytree(folder, backup)
     run.recorded_before = _recorded_step(folder)
+    resumable = max(_valid_steps(folder), default=0)  # it may be acknowledged for the second time, after damage
     loss = fault.destroy(folder, run.chance)
     if loss.metrics:
-        run.metrics_after = max(run.metrics_after, run.acknowledged)
+        run.metrics_after = max(run.metrics_after, run.acknowledged, resumable)
     if loss.refused:
         refused = Command(run.folder, run.trial.configuration, run.starts)
         run.starts += 1
