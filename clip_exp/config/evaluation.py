@@ -143,11 +143,11 @@ class TableConfig(Config):
         None,
         description="names of the columns of a text table without a header row, in order; false: no header row; null: detected",
     )
-    val_fraction: Annotated[Positive, Field(lt=1)] | None = Field(
+    held_out_fraction: Annotated[Positive, Field(lt=1)] | None = Field(
         None,
         description="use only the images that data.val_fraction holds out of the same table in training; null: all images",
     )
-    val_seed: Index = Field(0, description="data.val_seed of the training with val_fraction")
+    held_out_seed: Index = Field(0, description="data.val_seed of this training")
     separator: str = Field(
         "auto", description="separator of columns in text files: one character, \\t for a tab; auto: detected"
     )

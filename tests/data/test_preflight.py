@@ -64,8 +64,8 @@ def test_what_is_wrong_with_each_source_is_reported(tmp_path, table):
     assert "did you mean 'data.train[0].weight'" in refusal(tmp_path, [{"path": str(table), "weigth": 1}])
 
 
-def test_validation_is_one_table(tmp_path, table):
-    assert "must be a path, or a list of paths" in refusal(
+def test_validation_has_no_weights_and_its_tables_must_exist(tmp_path, table):
+    assert "data.val: validation has no weights" in refusal(
         tmp_path, str(table), val=[{"path": str(table), "weight": 1}]
     )
     assert "data.val: The table none.csv does not exist" in refusal(tmp_path, str(table), val="none.csv")

@@ -48,12 +48,14 @@ def validation_table(run: "TrainConfig | None", key: str, output_dir: str) -> di
         "allow_outside_root": data.allow_outside_root,
         "on_bad_row": data.on_bad_row,
         "table_format": read.format,
+        "held_out_fraction": data.val_fraction,
+        "held_out_seed": data.val_seed,
         **{key: getattr(read, key) for key in _READING},
     }
 
 
 _READING = (
-    "image_key", "caption_list", "caption_lines", "header", "separator", "encoding", "filter", "val_fraction", "val_seed",
+    "image_key", "caption_list", "caption_lines", "header", "separator", "encoding", "filter",
 )  # fmt: skip
 
 
