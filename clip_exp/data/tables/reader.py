@@ -177,7 +177,7 @@ class FileSignature(NamedTuple):
     def _of_folder(cls, folder: Path) -> "FileSignature":
         digest, size = hashlib.sha256(), 0
         for path in files_in(str(folder)):
-            digest.update(os.fsencode(path) + b"\0")
+            digest.update(os.fsencode(os.path.relpath(path, folder)) + b"\0")
             if path.endswith(SIDECARS):
                 status = os.stat(path)
                 size += status.st_size

@@ -56,9 +56,11 @@ def test_class_folders_give_the_templates_as_captions_and_the_classes_as_labels(
     assert table.label(len(table) - 1) == "golden retriever"
 
 
-def test_a_changed_sidecar_file_changes_the_table(tmp_path: Path) -> None:
+def test_a_changed_sidecar_file_changes_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     index_dir = tmp_path / "index"
-    folder, _ = LAYOUTS["files_of_one_name"](tmp_path / "files")
+    LAYOUTS["files_of_one_name"](tmp_path / "files")
+    monkeypatch.chdir(tmp_path)
+    folder = Path("files")
     config = DataConfig.model_validate({"name": "test", "train": str(folder)})
     assert open_sources(config, index_dir)[0].rows.origin.caption(0) == captions_of(0)[0]
     (folder / "0000.json").write_text(json.dumps({"title": "another"}))
