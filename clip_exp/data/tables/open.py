@@ -90,12 +90,12 @@ def _several_captions(found: ScannedFile, options: TableOptions) -> Iterator[str
     if found.list_captions > found.rows / 2 and not options.caption_list:
         yield (
             f"{found.list_captions:,} of {found.rows:,} captions look like a list of captions, and are read as one text each: "
-            "data.caption_list=true reads them as several captions."
+            "caption_list=true reads them as several captions."
         )
     if found.captions_with_lines > found.rows / 2 and not options.caption_lines:
         yield (
             f"{found.captions_with_lines:,} of {found.rows:,} captions have several lines, and are read as one text each: "
-            "data.caption_lines=true reads each line as a caption."
+            "caption_lines=true reads each line as a caption."
         )
 
 

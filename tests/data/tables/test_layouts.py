@@ -116,7 +116,7 @@ def test_lists_and_lines_that_were_not_split_are_warned_about(tmp_path: Path, ca
     (tmp_path / "t.csv").write_text('filepath,title\n1.jpg,"[\'a dog\', \'a pet\']"\n2.jpg,"[""a cat""]"\n')
     assert read_table(tmp_path / "t.csv").caption(0) == "['a dog', 'a pet']"
     assert "2 of 2 captions look like a list of captions" in caplog.text
-    assert "data.caption_list=true" in caplog.text
+    assert "caption_list=true" in caplog.text
     (tmp_path / "u.csv").write_text('filepath,title\n1.jpg,"a dog\na pet\n"\n')
     assert len(read_table(tmp_path / "u.csv")) == 1
     assert "1 of 1 captions have several lines" in caplog.text
