@@ -493,8 +493,10 @@ class DataConfig(Config):
         if self.val_fraction is not None and (self.val or self.generate is not None):
             yield f"{at}val_fraction and {at}{'val' if self.val else 'generate'} exclude each other: leave one of them out."
         if any(source.weight is not None for source in self.val_sources):
-            yield f"{at}val: validation has no weights: leave them out."
+            yield f"{at}val.weight has no effect: validation uses every row once. Leave it out."
         yield from _weight_problems(at, self.caption_key, self.caption_weights)
+        if any("caption_weights" in source.reading for source in self.val_sources):
+            yield f"{at}val.caption_weights has no effect: validation uses all captions of an image. Leave it out."
         for source in self.sources:
             merged = {"caption_key": self.caption_key, "caption_weights": self.caption_weights, **source.reading}
             if source.reading.keys() & {"caption_key", "caption_weights"}:

@@ -65,9 +65,7 @@ def test_what_is_wrong_with_each_source_is_reported(tmp_path, table):
 
 
 def test_validation_has_no_weights_and_its_tables_must_exist(tmp_path, table):
-    assert "data.val: validation has no weights" in refusal(
-        tmp_path, str(table), val=[{"path": str(table), "weight": 1}]
-    )
+    assert "data.val.weight has no effect" in refusal(tmp_path, str(table), val=[{"path": str(table), "weight": 1}])
     assert "data.val: The table none.csv does not exist" in refusal(tmp_path, str(table), val="none.csv")
 
 

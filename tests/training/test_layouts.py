@@ -11,7 +11,8 @@ from tests.data.layouts import LAYOUTS
 from tests.exhaustive import repeat_beyond
 from tests.runs import TINY, Finished
 
-RUN = tuple(each for each in TINY if not each.startswith(("data", "global_batch", "resume"))) + (
+RUN = (
+    *(each for each in TINY if not each.startswith(("data", "global_batch", "resume"))),
     "data=csv", "data.shuffle=full", "global_batch_size=4", "max_steps=8", "log_every_n_steps=1", "val_every_n_steps=4",
     "checkpoint_every_n_steps=2", "keep_checkpoints=all",
 )  # fmt: skip

@@ -157,7 +157,7 @@ def _of_names(path: Path, samples: dict[str, list[list[str]]], options: TableOpt
         names = list(options.header)
         if len(names) != width:
             raise DataError(
-                f"{path} has {width} columns, separated by {describe(best)}, but data.header names {len(names)}: name each of them in order."
+                f"{path} has {width} columns, separated by {describe(best)}, but data.header=[{','.join(names)}] names {len(names)}: name each of them in order."
             )
     return _layout(path, names, best, options, header=False)
 
