@@ -6,7 +6,7 @@ web (2.07; HTTP Archive, 2024). With more bits, more of the time is spent in Huf
 sides. With --images, the original files are measured too, without a target.
 
 Both sides produce complete samples from the same table, from path to pixels and from caption to ids. clip_exp decodes
-with torchvision, crops, resizes bytes and normalizes on the device (timed separately). open_clip decodes, crops and
+with torchcodec, crops, resizes bytes and normalizes on the device (timed separately). open_clip decodes, crops and
 resizes with Pillow and normalizes floats. The first measurement is the CPU time on one core, the second the wall-clock
 time with two DataLoader workers; both are medians over the rounds. The last output is the largest difference of a pixel
 for the same crop, in levels of 255.

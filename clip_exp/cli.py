@@ -122,10 +122,12 @@ COMMANDS = {
     "predict": "predict the probabilities of texts for images or videos",
     "rank": "rank images by their similarity with a text",
     "search": "build an index of images, and search it by text or by image",
+    "embed": "write the features of images and captions to files",
     "models": "list models and their published weights",
     "export": "export a model for open_clip, Hugging Face, ONNX or clip_exp",
     "convert": "convert a torch file to safetensors, which cannot contain code",
     "check-data": "check a data set for problems before training on it",
+    "make-shards": "write a data set as WebDataset shards or Parquet files",
 }
 
 
@@ -152,6 +154,10 @@ def _call(command: str, config: Any, arguments: list[str]) -> int:
             from clip_exp.inference.commands import search
 
             return search(config)
+        case "embed":
+            from clip_exp.inference.embed import embed
+
+            return embed(config, arguments)
         case "models":
             from clip_exp.inference.models import models
 
@@ -168,6 +174,10 @@ def _call(command: str, config: Any, arguments: list[str]) -> int:
             from clip_exp.checks.command import check_data
 
             return check_data(config, arguments)
+        case "make-shards":
+            from clip_exp.shards.command import make_shards
+
+            return make_shards(config, arguments)
     raise KeyError(command)
 
 

@@ -17,6 +17,7 @@ from clip_exp.config.evaluation import ModelChoice
 from clip_exp.config.files import read_run_config
 from clip_exp.config.model import Activation, ModelConfig
 from clip_exp.config.training import TrainConfig
+from clip_exp.data.files import MAX_EVALUATED_PIXELS, ImageLimits
 from clip_exp.errors import CheckpointError, ConfigError, nearest
 from clip_exp.runs import CONFIG, newest_run, read_record, require_run, run_config, with_saved_tokenizer
 from clip_exp.weights.find import check_pretrained, find_weights, hash_part, hash_weights
@@ -139,6 +140,10 @@ class ModelSource:
     def ema(self) -> bool:
         """True if the weights are the exponential moving average in a checkpoint."""
         return self.weights.name == EMA_WEIGHTS
+
+    def image_limits(self, max_pixels: int = MAX_EVALUATED_PIXELS) -> ImageLimits:
+        """Return the limits for images of the model: what a run was trained on can be evaluated."""
+        return ImageLimits.evaluated(max_pixels, None if self.run is None else self.run.data)
 
     def sha256(self) -> str:
         """Return a hash of the weights. For a checkpoint, it is the one in the manifest, which `find_source` has verified."""

@@ -59,6 +59,7 @@ OLDER_COLUMNS = {
 # Packages whose versions are recorded
 PACKAGES = (
     "torch", "torchvision", "pytorch-lightning", "deepspeed", "hydra-core", "omegaconf", "open_clip_torch", "Pillow",
+    "torchcodec",
 )  # fmt: skip
 
 

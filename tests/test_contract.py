@@ -18,7 +18,7 @@ from tests.keys import leaf_keys
 from tests.runs import Finished
 
 PAGE = REPOSITORY / "docs" / "contract.md"
-SHARED = {"evaluate", "predict", "rank", "search", "export"}  # commands that select a model with the same keys
+SHARED = {"evaluate", "predict", "rank", "search", "embed", "export"}  # commands that select a model with the same keys
 
 
 def listed(heading: str) -> set[str]:

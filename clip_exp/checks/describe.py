@@ -20,8 +20,8 @@ from clip_exp.checks.statistics import (
     quantiles,
 )
 from clip_exp.config.commands import CheckDataConfig
-from clip_exp.data.tables.filters import as_json
 from clip_exp.data.tables.table import bad_rows, unconverted_values
+from clip_exp.data.tables.unconverted import as_json
 
 EXAMPLES = 20
 CUT_EXAMPLES = 5

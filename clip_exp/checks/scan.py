@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
-import torchvision.io  # noqa: F401 - imported here, because otherwise the time of the first JPEG would include the import
 from torch.utils.data import DataLoader, Dataset
 
 from clip_exp.checks.splits import VAL, Split
@@ -113,7 +112,8 @@ class ImageScan(Dataset[ImageRecords]):
                 animated = header.format not in JPEGS and bool(getattr(header, "is_animated", False))
             except Exception:  # training uses only the first frame of a damaged animation
                 animated = False
-        width, height = header.size[::-1] if orientation in SIDEWAYS else header.size
+        turned = orientation in SIDEWAYS and header.format != "TIFF"  # whose size is already that of the upright image
+        width, height = header.size[::-1] if turned else header.size
         if self.validated is not None:
             check_strip(width, height, self.validated)
         if pixels is not None and image % CROPPED == 0:

@@ -10,10 +10,11 @@ from pathlib import Path
 
 import numpy as np
 
+from clip_exp.config.base import Target
 from clip_exp.config.data import DataConfig, OnBadRow
 from clip_exp.data.files import ImageLimits
 from clip_exp.data.generated import resolve_generated
-from clip_exp.data.stream import INDEX, open_train_tables, open_val_table
+from clip_exp.data.stream import INDEX, open_train_tables, open_val_tables
 from clip_exp.data.tables.table import PairTable, Part
 
 TRAIN, VAL = "train", "val"
@@ -104,4 +105,5 @@ def open_splits(config: DataConfig, output_dir: Path) -> list[Split]:
     )
     index_dir = output_dir / INDEX
     splits = [Split(TRAIN, tuple(table for _, table in open_train_tables(config, index_dir)))]
-    return [*splits, Split(VAL, (open_val_table(config, index_dir),))] if config.val_paths else splits
+    tables = () if isinstance(config.val, Target) else tuple(open_val_tables(config, index_dir))
+    return [*splits, Split(VAL, tables)] if tables else splits

@@ -8,7 +8,7 @@ from typing import Any
 from clip_exp.checks.splits import TRAIN, VAL
 from clip_exp.config.commands import CheckDataConfig
 from clip_exp.config.data import PairLabel
-from clip_exp.data.files import NO_SUCH_FILE, NOT_ALLOWED, OUTSIDE_ROOT, TOO_MANY_BYTES, TOO_MANY_PIXELS
+from clip_exp.data.files import NO_DECODER, NO_SUCH_FILE, NOT_ALLOWED, OUTSIDE_ROOT, TOO_MANY_BYTES, TOO_MANY_PIXELS
 from clip_exp.reports.html import counted, probability
 
 NOTEWORTHY = 0.01  # fraction of images or captions from which a problem is reported, or is a warning
@@ -19,6 +19,7 @@ REMEDIES = {  # fix if most bad images are of one kind
     TOO_MANY_BYTES: "Increase data.max_image_bytes",
     TOO_MANY_PIXELS: "Increase data.max_image_pixels",
     NOT_ALLOWED: "Add their formats to data.image_formats",
+    NO_DECODER: "Install the package that decodes them",
 }
 
 

@@ -1,16 +1,33 @@
-"""Schemas of the commands predict, rank, search, export, convert, models and check-data."""
+"""Schemas of the commands predict, rank, search, embed, export, convert, models, check-data and make-shards."""
 
 from collections.abc import Iterator
 from enum import StrEnum
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from clip_exp.config.base import Config, Count, Fraction, Index, Paths, PathText, Target, Texts, TypedTexts
+from clip_exp.config.base import (
+    NOT_EMPTY,
+    Config,
+    Count,
+    Fraction,
+    Index,
+    Name,
+    Paths,
+    PathText,
+    Target,
+    Texts,
+    TypedTexts,
+    Unused,
+)
 from clip_exp.config.data import CustomDataConfig, Data
-from clip_exp.config.evaluation import EvalOnBadImage, EvaluateConfig, InferenceConfig, ModelChoice
+from clip_exp.config.evaluation import EvalOnBadImage, EvaluateConfig, InferenceConfig, ModelChoice, TableConfig
 from clip_exp.config.model import ModelConfig
 from clip_exp.config.training import TrainConfig
+
+# Names that no further column may have, since the output has them itself
+OF_FEATURES = ("key", "image_path", "caption", "text", "similarity", "image_embedding", "text_embedding")
+OF_SHARDS = ("image", "caption", "captions", "txt", "json")
 
 
 class OutputFormat(StrEnum):
@@ -22,6 +39,24 @@ class OutputFormat(StrEnum):
 class CheckFormat(StrEnum):
     table = "table"
     json = "json"
+
+
+class EmbedFormat(StrEnum):
+    """Layouts of features on disk, named by the tools that read them."""
+
+    clip_retrieval = "clip_retrieval"
+    datacomp = "datacomp"
+    parquet = "parquet"
+
+
+class FeatureType(StrEnum):
+    float16 = "float16"
+    float32 = "float32"
+
+
+class ShardFormat(StrEnum):
+    webdataset = "webdataset"
+    parquet = "parquet"
 
 
 class ExportFormat(StrEnum):
@@ -40,7 +75,8 @@ class OutputConfig(Config):
         None, description="output format: table, json or csv; null: from the extension of output, else table"
     )
     output: PathText | None = Field(
-        None, description="output file, overwritten if it exists; null: print to the terminal"
+        None,
+        description="output file, which ends with .csv, .json or .txt (table) and is overwritten if it exists; null: print to the terminal",
     )
 
 
@@ -137,6 +173,71 @@ clip-exp search index=photos.index image=query.jpg top_k=20"""
     on_bad_image: EvalOnBadImage = Field(
         EvalOnBadImage.skip, description="skip: leave unreadable images out and count them; or error"
     )
+
+
+class EmbedConfig(InferenceConfig, TableConfig):
+    """Configuration of `clip-exp embed`: write the features of images and captions to files."""
+
+    usage: ClassVar = """\
+clip-exp embed table=pairs.csv run=DIR output=DIR [key=value …]       features of images and captions
+clip-exp embed images=photos run=DIR output=DIR                       features of images only
+
+Writes features of unit norm, preprocessed as in evaluation, in numbered files of rows_per_file rows. Formats:
+  clip_retrieval  img_emb/img_emb_0.npy, text_emb/text_emb_0.npy, metadata/metadata_0.parquet
+  datacomp        00000000.npz and 00000000.parquet, for the filters of DataComp
+  parquet         00000.parquet with the columns key, image_path, caption, image_embedding and text_embedding
+The same command continues after an interruption."""
+
+    images: Paths | None = Field(
+        None,
+        description="images without captions: a file, a folder (with its subfolders), a glob, or a list of those; set exactly one of images "
+        "and table",
+    )
+    table: Paths | None = Field(
+        None, description="table with the columns image_key and caption_key, or shards; a glob, or a list of them"
+    )
+    caption_key: str = Field("title", description="name of the column with captions")
+    columns: list[Annotated[Name, NOT_EMPTY]] = Field(
+        [], description="further columns of table to copy next to the features, by name: texts or numbers"
+    )
+    output: PathText | None = Field(
+        None,
+        description="output folder: a new one, or that of an earlier start of the same command, which is continued",
+    )
+    format: EmbedFormat = Field(
+        EmbedFormat.clip_retrieval, description="layout of the files: clip_retrieval, datacomp or parquet"
+    )
+    dtype: FeatureType = Field(FeatureType.float16, description="type of the stored features: float16 or float32")
+    similarity: bool = Field(
+        False, description="also store the CLIP score of each pair: the cosine similarity of image and caption"
+    )
+    rows_per_file: Count = Field(10_000, description="rows in each file; what a killed process loses at most")
+    datacomp_name: Literal["b32", "l14"] = Field(
+        "l14", description="name of the model in format=datacomp; its filters know only b32 and l14"
+    )
+
+    unused: ClassVar[tuple[Unused, ...]] = (
+        *InferenceConfig.unused,
+        Unused(
+            f"{' '.join(TableConfig.model_fields)} caption_key columns similarity",
+            lambda c: c.table is None,
+            "without table",
+            "set that, or leave this out",
+        ),
+        Unused(
+            "datacomp_name",
+            lambda c: c.format is not EmbedFormat.datacomp,
+            "without format=datacomp",
+            "set that, or leave this out",
+            typed_only=True,
+        ),
+    )
+
+    def rules(self, at: str) -> Iterator[str]:
+        if self.format is EmbedFormat.datacomp and self.images is not None:
+            yield "format=datacomp is for pairs of images and captions: give table instead of images, or another format."
+        for name in (name for name in self.columns if name in OF_FEATURES):
+            yield f"columns names {name!r}, which the output has itself: rename this column, or leave it out."
 
 
 class ExportConfig(ModelChoice):
@@ -238,6 +339,59 @@ data.max_empty_caption_fraction of the captions are empty, or the leakage is abo
             )
 
 
+class MakeShardsConfig(Config):
+    """Configuration of `clip-exp make-shards`: write a data set as shards, read in the same way as in training."""
+
+    usage: ClassVar = """\
+clip-exp make-shards data=csv data.train=pairs.csv output=DIR [key=value …]
+clip-exp make-shards data=csv data.train=pairs.csv output=DIR format=parquet
+
+Writes WebDataset shards (DIR/00000.tar, …) or Parquet files with the images, whose bytes are copied unchanged. Every file
+is read back before it gets its name. An image with several captions is one sample; data.captions=all makes each pair a
+sample. The same command continues after an interruption."""
+
+    data: Data = Field(description="data to write, data.train, as in a training")
+    output: PathText | None = Field(
+        None,
+        description="output folder: a new one, or that of an earlier start of the same command, which is continued",
+    )
+    format: ShardFormat = Field(ShardFormat.webdataset, description="format of the files: webdataset (.tar) or parquet")
+    shard_size: Count = Field(10_000, description="samples in each file")
+    num_workers: Annotated[Count, Field(le=4096)] | None = Field(
+        None, description="processes that write files; null: one per CPU core"
+    )
+    output_dir: str = Field("outputs", description="folder for the index of the table and for generated data")
+
+    unused: ClassVar[tuple[Unused, ...]] = (
+        Unused(
+            "data.val",
+            lambda c: c.data.generate is None,
+            "on shards, which are made of data.train",
+            "write it by a second command (data.train=…) to another folder",
+        ),
+        Unused(
+            "data.shuffle data.shuffle_block data.shuffle_window data.num_workers data.transform",
+            lambda c: True,
+            "on shards, which have the rows of the table in its order",
+            typed_only=True,
+        ),
+    )
+
+    def rules(self, at: str) -> Iterator[str]:
+        if isinstance(self.data, CustomDataConfig):
+            yield (
+                "data._target_ names a Dataset, but make-shards reads tables: use the table that the Dataset reads (data=csv "
+                "data.train=pairs.csv)."
+            )
+        if any(source.weight is not None for source in self.data.sources):
+            yield (
+                "data.train has weights, which shards cannot store: write each source to a folder of its own, and give the weights when you "
+                "train on these."
+            )
+        for name in (name for name in self.data.columns if name in OF_SHARDS):
+            yield f"data.columns names {name!r}, which shards use themselves: rename this column."
+
+
 # Schemas by name of the command
 SCHEMAS: dict[str, type[Config]] = {
     "train": TrainConfig,
@@ -245,8 +399,10 @@ SCHEMAS: dict[str, type[Config]] = {
     "predict": PredictConfig,
     "rank": RankConfig,
     "search": SearchConfig,
+    "embed": EmbedConfig,
     "export": ExportConfig,
     "convert": ConvertConfig,
     "models": ModelsConfig,
     "check-data": CheckDataConfig,
+    "make-shards": MakeShardsConfig,
 }

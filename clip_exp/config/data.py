@@ -43,6 +43,23 @@ class OnBadImage(StrEnum):
     replace = "replace"  # type: ignore[assignment] # overrides a method of str
 
 
+class Format(StrEnum):
+    """Layout of training or validation data."""
+
+    auto = "auto"
+    text = "text"
+    jsonl = "jsonl"
+    json = "json"
+    coco = "coco"
+    karpathy = "karpathy"
+    parquet = "parquet"
+    arrow = "arrow"
+    webdataset = "webdataset"
+    folder = "folder"
+    class_folders = "class_folders"
+    chinese_clip = "chinese_clip"
+
+
 class Shuffle(StrEnum):
     """Shuffling of rows: over the whole data set, or by blocks of neighboring rows."""
 
@@ -74,6 +91,17 @@ def _has_placeholder(template: str) -> str:
 
 
 Template = Annotated[str, AfterValidator(_has_placeholder)]
+
+
+# Formats of images that every command reads, by Pillow's names. A run's own `image_formats` decide what it trains on, and are
+# read by later commands, too.
+IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "HEIF")
+_SUFFIX_FORMATS = {"JPG": "JPEG", "TIF": "TIFF", "HEIC": "HEIF", "HIF": "HEIF"}
+
+
+def _pillow_names(names: list[str]) -> list[str]:
+    """Return Pillow's names of formats, which may be named by their suffixes in any case, without repetitions."""
+    return list(dict.fromkeys(_SUFFIX_FORMATS.get(name.upper(), name.upper()) for name in names))
 
 
 class AugmentationConfig(Config):
@@ -153,6 +181,9 @@ class GenerateConfig(Config):
             yield f"{at}image_size={self.image_size} must be between 16 and 1024 pixels."
 
 
+Header = bool | Annotated[list[Annotated[Name, NOT_EMPTY]], NOT_EMPTY] | None
+
+
 class Source(Config):
     """One of several sources of the training stream. Keys that are not set have the value of the same key of `data`."""
 
@@ -165,7 +196,12 @@ class Source(Config):
     )
     image_root: PathText | None = Field(None, description="overrides data.image_root for this source")
     image_key: str = Field("", description="overrides data.image_key for this source")
-    caption_key: str = Field("", description="overrides data.caption_key for this source")
+    caption_key: str | list[str] = Field("", description="overrides data.caption_key for this source")
+    caption_weights: list[Positive] | None = Field(None, description="overrides data.caption_weights for this source")
+    caption_list: bool = Field(False, description="overrides data.caption_list for this source")
+    caption_lines: bool = Field(False, description="overrides data.caption_lines for this source")
+    format: Format = Field(Format.auto, description="overrides data.format for this source")
+    header: Header = Field(None, description="overrides data.header for this source")
     separator: str = Field("", description="overrides data.separator for this source")
     encoding: str = Field("", description="overrides data.encoding for this source")
     filter: str | None = Field(None, description="overrides data.filter for this source")
@@ -203,18 +239,33 @@ Sources = Annotated[
 ]
 
 
+def _sources(given: Any) -> list[Source]:
+    entries = given if isinstance(given, list) else [] if given is None else [given]
+    if not any(isinstance(entry, Source) for entry in entries):
+        return [Source(path=[str(entry) for entry in entries])] if entries else []
+    return [entry if isinstance(entry, Source) else Source(path=entry) for entry in entries]
+
+
 # Keys that describe tables
 OF_TABLES = (
-    "filter", "image_root", "image_key", "caption_key", "label_key", "separator", "encoding", "on_bad_row",
-    "max_empty_caption_fraction", "allow_outside_root",
+    "filter", "image_root", "image_key", "caption_key", "caption_weights", "caption_list", "caption_lines", "label_key",
+    "format", "header", "separator", "encoding", "on_bad_row", "max_empty_caption_fraction", "allow_outside_root",
 )  # fmt: skip
 
 
 def _kind_of_val(value: Any) -> str:
-    return "target" if isinstance(value, dict | Target) else "paths"
+    if isinstance(value, Target) or (isinstance(value, dict) and "_target_" in value):
+        return "target"
+    return _kind_of_sources(value)
 
 
-Validation = Annotated[Annotated[Paths, Tag("paths")] | Annotated[Target, Tag("target")], Discriminator(_kind_of_val)]
+Validation = Annotated[
+    Annotated[PathText, Tag("path")]
+    | Annotated[Source, Tag("source")]
+    | Annotated[list[_Entry], Tag("list")]
+    | Annotated[Target, Tag("target")],
+    Discriminator(_kind_of_val),
+]
 
 
 class DataConfig(Config):
@@ -228,20 +279,38 @@ class DataConfig(Config):
     )
     val: Validation | None = Field(
         None,
-        description="validation pairs: files or a glob as for train, without weights; or {_target_: class, arguments} for your Dataset; "
-        "null: no validation",
+        description="validation pairs: files, a glob or sources as for train, without weights; or {_target_: class, arguments} for your "
+        "Dataset; null: no validation, unless val_fraction is set",
     )
+    val_fraction: Annotated[Positive, Field(lt=1)] | None = Field(
+        None,
+        description="fraction of the images of train that are held out for validation, instead of val, by a hash of their paths; null: none",
+    )
+    val_seed: Index = Field(0, description="seed of the choice of the images that val_fraction holds out")
     generate: GenerateConfig | None = Field(
         None, description="data set that clip_exp generates, instead of train and val; null: none"
     )
     filter: str | None = Field(
-        None, description='condition on columns for rows to use: "width >= 256 and similarity > 0.28"; null: all rows'
+        None,
+        description="SQL condition on columns for rows to use: \"width >= 256 AND split = 'train'\"; null: all rows",
     )
     image_root: PathText | None = Field(
         None, description="folder that relative image paths refer to; null: the folder of the table"
     )
     image_key: str = Field("filepath", description="name of the column with image paths")
-    caption_key: str = Field("title", description="name of the column with captions")
+    caption_key: str | Annotated[list[Annotated[Name, NOT_EMPTY]], NOT_EMPTY] = Field(
+        "title",
+        description="name of the column with captions, or several: [alt_text, recaption]; empty ones are skipped",
+    )
+    caption_weights: list[Positive] | None = Field(
+        None,
+        description="probabilities with which a caption of each column of caption_key is drawn, relative to each other; null: every "
+        "caption is equally probable",
+    )
+    caption_list: bool = Field(
+        False, description="read captions that are written as lists, such as ['a dog', 'a pet'], as several captions"
+    )
+    caption_lines: bool = Field(False, description="read each line of a caption as a caption of its own")
     columns: list[Annotated[Name, NOT_EMPTY]] = Field(
         [],
         description="further columns of train, or fields of your Dataset's items, for the loss, by name: texts are tokenized and encoded "
@@ -254,6 +323,16 @@ class DataConfig(Config):
     templates: Annotated[list[Template], NOT_EMPTY] = Field(
         ["a photo of a {}."],
         description="prompt templates of the zero-shot accuracy in validation, with {} for the class name",
+    )
+    format: Format = Field(
+        Format.auto,
+        description="layout of train and val: text (CSV, TSV), jsonl, json, coco, karpathy, parquet, arrow, webdataset, folder (images "
+        "with .txt or .json files), class_folders, chinese_clip; auto: by extension and content",
+    )
+    header: Header = Field(
+        None,
+        description="names of the columns of a text table without a header row, in order: [id, filepath, title]; false: no header row, the "
+        "columns are named 0, 1, …; null: detected",
     )
     separator: str = Field(
         "auto", description="separator of columns in text files: one character, \\t for a tab; auto: detected"
@@ -303,8 +382,10 @@ class DataConfig(Config):
     max_image_bytes: Count = Field(
         67_108_864, description="maximum size of an image file in bytes; larger files count as bad and are not read"
     )
-    image_formats: list[str] = Field(
-        ["JPEG", "PNG", "WEBP", "GIF", "BMP"], description="accepted image formats, by Pillow's names"
+    image_formats: Annotated[list[str], AfterValidator(_pillow_names)] = Field(
+        list(IMAGE_FORMATS),
+        description="accepted image formats, by Pillow's names; commands that use the run read them, too; HEIF (HEIC) needs "
+        "pillow-heif",
     )
     allow_outside_root: bool = Field(
         False, description="allow relative image paths that lead out of image_root through .."
@@ -325,6 +406,17 @@ class DataConfig(Config):
             lambda data: data.transform is not None,
             "with {at}transform, which replaces the augmentation",
             typed_only=True,
+        ),
+        Unused(
+            "val_seed",
+            lambda data: data.val_fraction is None,
+            "without {at}val_fraction",
+            "set that, or leave this out",
+        ),
+        Unused(
+            "caption_weights",
+            lambda data: data.captions is Captions.all,
+            "with {at}captions=all, which uses every caption of an image",
         ),
         Unused("label_key", lambda data: not data.has_val, "without validation data", "set {at}val, or leave this out"),
         Unused(
@@ -359,7 +451,7 @@ class DataConfig(Config):
 
     @property
     def has_val(self) -> bool:
-        return self.generate is not None or bool(self.val)
+        return self.generate is not None or bool(self.val) or self.val_fraction is not None
 
     @property
     def may_have_labels(self) -> bool:
@@ -367,9 +459,14 @@ class DataConfig(Config):
         return self.has_val and (self.label_key is not None or isinstance(self.val, Target))
 
     @property
+    def val_sources(self) -> list[Source]:
+        """Sources in `val`, as `sources`; empty without one, and for a Dataset."""
+        return [] if isinstance(self.val, Target) else _sources(self.val)
+
+    @property
     def val_paths(self) -> list[str]:
-        """Files and patterns of the validation table; empty without one."""
-        return [self.val] if isinstance(self.val, str) else self.val if isinstance(self.val, list) else []
+        """Files and patterns of the validation tables; empty without one."""
+        return [path for source in self.val_sources for path in source.paths]
 
     @property
     def shuffles_rows(self) -> bool:
@@ -379,10 +476,7 @@ class DataConfig(Config):
     @property
     def sources(self) -> list[Source]:
         """Sources in `train`: a single one for a path or a list of paths, or one per entry if an entry is a mapping."""
-        entries = self.train if isinstance(self.train, list) else [] if self.train is None else [self.train]
-        if not any(isinstance(entry, Source) for entry in entries):
-            return [Source(path=[str(entry) for entry in entries])] if entries else []
-        return [entry if isinstance(entry, Source) else Source(path=entry) for entry in entries]
+        return _sources(self.train)
 
     def rules(self, at: str) -> Iterator[str]:
         if self.generate is None and not self.train:
@@ -392,7 +486,21 @@ class DataConfig(Config):
             )
         if self.generate is not None and (self.train or self.val):
             yield f"{at}generate and {at}train exclude each other: use data=csv for your own tables."
-        yield from self._column_problems(at, {getattr(self, key): f"{at}{key}" for key in ("image_key", "caption_key")})
+        captions = self.caption_key if isinstance(self.caption_key, list) else [self.caption_key]
+        yield from self._column_problems(
+            at, {self.image_key: f"{at}image_key", **dict.fromkeys(captions, f"{at}caption_key")}
+        )
+        if self.val_fraction is not None and (self.val or self.generate is not None):
+            yield f"{at}val_fraction and {at}{'val' if self.val else 'generate'} exclude each other: leave one of them out."
+        if any(source.weight is not None for source in self.val_sources):
+            yield f"{at}val.weight has no effect: validation uses every row once. Leave it out."
+        yield from _weight_problems(at, self.caption_key, self.caption_weights)
+        if any("caption_weights" in source.reading for source in self.val_sources):
+            yield f"{at}val.caption_weights has no effect: validation uses all captions of an image. Leave it out."
+        for source in self.sources:
+            merged = {"caption_key": self.caption_key, "caption_weights": self.caption_weights, **source.reading}
+            if source.reading.keys() & {"caption_key", "caption_weights"}:
+                yield from _weight_problems(f"{at}train: ", merged["caption_key"], merged["caption_weights"])
         if len({source.weight is None for source in self.sources}) > 1:
             yield f"{at}train: set a weight for every source or for none. Without weights, sources are sampled in proportion to their rows."
 
@@ -434,6 +542,16 @@ class CustomDataConfig(DataConfig, Target):
                 yield f"{at}_target_ and {at}{key} exclude each other: {self.target} is the training data. Leave {at}{key} out."
         yield from self._column_problems(
             at, {"image": "the image", "caption": "the caption", "captions": "the captions"}
+        )
+
+
+def _weight_problems(at: str, key: str | list[str], weights: list[float] | None) -> Iterator[str]:
+    if isinstance(key, list) and len(set(key)) < len(key):
+        yield f"{at}caption_key names a column twice: name each once."
+    if weights is not None and len(weights) != (len(key) if isinstance(key, list) else 0):
+        yield (
+            f"{at}caption_weights has {len(weights)} values, but {at}caption_key must name as many columns: "
+            f"{at}caption_key=[alt_text,recaption] {at}caption_weights=[0.3,0.7]."
         )
 
 

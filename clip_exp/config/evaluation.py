@@ -18,10 +18,11 @@ from clip_exp.config.base import (
     NonNegative,
     Paths,
     PathText,
+    Positive,
     Unused,
     must_be,
 )
-from clip_exp.config.data import GenerateConfig, OnBadRow
+from clip_exp.config.data import Format, GenerateConfig, Header, OnBadRow
 from clip_exp.config.model import ModelConfig
 
 if TYPE_CHECKING:
@@ -131,6 +132,22 @@ class TableConfig(Config):
         False, description="allow relative image paths that lead out of image_root through .."
     )
     image_key: str = Field("filepath", description="name of the column with image paths")
+    caption_list: bool = Field(
+        False, description="read captions that are written as lists, such as ['a dog', 'a pet'], as several captions"
+    )
+    caption_lines: bool = Field(False, description="read each line of a caption as a caption of its own")
+    table_format: Format = Field(
+        Format.auto, description="layout of the table, as data.format; auto: by extension and content"
+    )
+    header: Header = Field(
+        None,
+        description="names of the columns of a text table without a header row, in order; false: no header row; null: detected",
+    )
+    held_out_fraction: Annotated[Positive, Field(lt=1)] | None = Field(
+        None,
+        description="use only the images that data.val_fraction holds out of the same table in training; null: all images",
+    )
+    held_out_seed: Index = Field(0, description="data.val_seed of this training")
     separator: str = Field(
         "auto", description="separator of columns in text files: one character, \\t for a tab; auto: detected"
     )
@@ -140,7 +157,8 @@ class TableConfig(Config):
         description="malformed rows of a table: error stops the command, skip leaves them out and counts them",
     )
     filter: str | None = Field(
-        None, description='condition on columns for rows to use: "width >= 256 and similarity > 0.28"; null: all rows'
+        None,
+        description="SQL condition on columns for rows to use: \"width >= 256 AND split = 'train'\"; null: all rows",
     )
 
 

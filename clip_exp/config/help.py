@@ -36,6 +36,7 @@ EXAMPLES = {
     "convert": ("file", "trust_pickle"),
     "models": ("name", "all"),
     "check-data": ("data", "max_leakage"),
+    "make-shards": ("data", "shard_size"),
 }
 # Options of the groups by name: {"optimizer": ["adamw", "sgd"]}
 Options = dict[str, list[str]]
@@ -80,7 +81,7 @@ def overview(command: str, values: dict[str, Any], groups: Options) -> str:
     group, key = EXAMPLES.get(command, ("model", "run"))
     more = f"--help {group} explains a group with its options and keys in full; --help {key} explains a key."
     parts = [*schema.usage.split("\n"), "", more, ""]
-    if groups and command in ("train", "evaluate", "check-data"):
+    if groups and command in ("train", "evaluate", "check-data", "make-shards"):
         parts += ["== Options: select with group=option ==", ""]
         parts += [f"{group}: {', '.join(names)}" for group, names in groups.items()]
         parts.append("")

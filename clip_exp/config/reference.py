@@ -27,7 +27,9 @@ PAGES = {
     ),
 }
 # Commands whose keys are on their own pages, except those of the nodes on the pages above
-COMMANDS = ("evaluate", "predict", "rank", "search", "export", "convert", "models", "check-data")
+COMMANDS = (
+    "evaluate", "predict", "rank", "search", "embed", "export", "convert", "models", "check-data", "make-shards",
+)  # fmt: skip
 # Commands with a JSON Schema
 WITH_SCHEMA = ("train", "evaluate")
 # Groups of recipes, in the page of the command

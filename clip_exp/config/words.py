@@ -357,6 +357,15 @@ OTHERS = {
     "init_checkpoint": use("pretrained"),
     "init_weights": use("pretrained"),
     "temperature": use("loss.init_logit_scale=…", note="It is the natural logarithm of 1 / temperature."),
+    "data.train": use("table"),
+    "table": use("data.train"),
+    # Arguments of clip-retrieval's inference, and of img2dataset
+    "input_dataset": use("table"),
+    "output_folder": use("output"),
+    "write_batch_size": use("rows_per_file"),
+    "wds_image_key": use("image_key"),
+    "wds_caption_key": use("caption_key"),
+    "number_sample_per_shard": use("shard_size"),
     # Keys of older versions
     "linear_probe_steps": use("finetune.freeze_towers_steps"),
 }

@@ -448,7 +448,7 @@ class DatasetItems:
     """
 
     def __init__(self, origin: UserDataset) -> None:
-        self.origin = origin
+        self.origin, self.origins = origin, [origin]
         names = getattr(origin.dataset, "classes", None)
         names = [] if names is None else list(names)
         if not all(isinstance(name, str) for name in names) or len(set(names)) < len(names):

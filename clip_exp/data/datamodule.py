@@ -356,7 +356,7 @@ class PairsDataModule(LightningDataModule):
     def _unverified(self) -> list[str]:
         """Return the names of the data sets whose content is not part of the fingerprint."""
         origins = [source.rows.origin for source in self._stream.sources]
-        origins += [] if self.val is None else [self.val.origin]
+        origins += [] if self.val is None else self.val.origins
         return [*dict.fromkeys(origin.name for origin in origins if not origin.verified)]
 
     def require_same_tables(self, gather: Callable[[dict[str, str]], list[dict[str, str]]]) -> None:

@@ -18,15 +18,17 @@ from collections.abc import Hashable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from hashlib import blake2b
 from io import BytesIO
 from pathlib import Path
 from typing import NamedTuple
+from urllib.parse import unquote, urlsplit
 
 from PIL import ExifTags, Image, ImageFile
 
-from clip_exp.config.data import DataConfig
+from clip_exp.config.data import IMAGE_FORMATS, DataConfig
+from clip_exp.data import tiff
 from clip_exp.storage import LFS_POINTER
 
 NO_SUCH_FILE = "no such file"  # includes a broken link
@@ -42,13 +44,15 @@ NOT_ALLOWED = "format not allowed"
 TRUNCATED = "truncated"
 DAMAGED = "damaged"
 OUT_OF_MEMORY = "out of memory"
+NO_DECODER = "no decoder"  # a package that is not installed
 KINDS = (
     NO_SUCH_FILE, NOT_A_FILE, CANNOT_OPEN, OUTSIDE_ROOT, EMPTY_FILE, TOO_MANY_BYTES,
-    TOO_MANY_PIXELS, TOO_LONG, NOT_AN_IMAGE, NOT_ALLOWED, TRUNCATED, DAMAGED, OUT_OF_MEMORY,
+    TOO_MANY_PIXELS, TOO_LONG, NOT_AN_IMAGE, NOT_ALLOWED, TRUNCATED, DAMAGED, OUT_OF_MEMORY, NO_DECODER,
 )  # fmt: skip
 
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
-MAX_EVALUATED_BYTES = 256 << 20  # largest image file in evaluation and inference
+# Largest image in evaluation and inference: pixels, and bytes of the file
+MAX_EVALUATED_PIXELS = 200_000_000
+MAX_EVALUATED_BYTES = 256 << 20
 _MISSING = (errno.ENOENT, errno.ENOTDIR)
 _SPECIAL_FILES = {
     stat.S_IFDIR: "a folder",
@@ -69,7 +73,7 @@ class ImageLimits:
 
     max_pixels: int = 40_000_000  # width times height; checked in the header, before any pixel is decoded
     max_bytes: int = 64 << 20  # size of the file; checked before the file is read
-    formats: tuple[str, ...] = FORMATS  # Pillow's names
+    formats: tuple[str, ...] = IMAGE_FORMATS  # Pillow's names
     outside_root: bool = False  # allow relative paths of a table to leave the root by `..`
 
     @classmethod
@@ -77,6 +81,20 @@ class ImageLimits:
         return cls(
             config.max_image_pixels, config.max_image_bytes, tuple(config.image_formats), config.allow_outside_root
         )
+
+    @classmethod
+    def evaluated(cls, max_pixels: int = MAX_EVALUATED_PIXELS, run: DataConfig | None = None) -> "ImageLimits":
+        """Return the limits in evaluation and inference.
+
+        Args:
+            max_pixels: largest image.
+            run: data configuration of the run that trained the model. Its formats are accepted next to the usual ones,
+                and files as large as in its training.
+        """
+        if run is None:
+            return cls(max_pixels, MAX_EVALUATED_BYTES)
+        formats = tuple(dict.fromkeys((*IMAGE_FORMATS, *run.image_formats)))
+        return cls(max_pixels, max(run.max_image_bytes, MAX_EVALUATED_BYTES), formats)
 
 
 def kind_of(reason: str) -> str:
@@ -132,11 +150,26 @@ def leaves_root(path: str) -> bool:
     return False
 
 
+def local_path(root: Path, path: str) -> str:
+    """Return a path of a table as the operating system knows it: without `file://`, `~` and backslashes of Windows.
+
+    Backslashes are separators only if no file has them in its name.
+    """
+    if path.startswith("file://"):
+        path = unquote(urlsplit(path).path)
+    elif path.startswith("~"):
+        path = os.path.expanduser(path)
+    if "\\" in path and not os.path.lexists(root / path):
+        path = path.replace("\\", "/")
+    return path
+
+
 def read_from_root(root: Path, path: str, limits: ImageLimits) -> bytearray:
     """Read the file at a path of a table. A relative path starts from `root`.
 
     Raises: BadImage with the reason.
     """
+    path = local_path(root, path)
     if not limits.outside_root and leaves_root(path):
         raise BadImage(f"{OUTSIDE_ROOT}: the path leaves it by `..`; to allow that, set allow_outside_root=true")
     return read_file(root / path, limits)
@@ -195,6 +228,10 @@ _MAX_SCANS = 100
 _MAX_READS = 1_000_000
 _COUNTED_BYTES = 1 << 20
 _GUESSED_BYTES = 64
+_MAX_LAYERS = 8  # planes of a TIFF, such as red, green and blue, each in its own strips
+HEIF = "HEIF"  # Pillow's name of HEIC, which iPhones write
+_CONTAINER = b"ftyp"  # box at the start of HEIF and AVIF
+_HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs", b"mif1", b"msf1")
 
 
 def open_image_bytes(data: bytearray, limits: ImageLimits) -> ImageFile.ImageFile:
@@ -202,9 +239,14 @@ def open_image_bytes(data: bytearray, limits: ImageLimits) -> ImageFile.ImageFil
 
     Raises: BadImage with the reason.
     """
+    if tiff.is_tiff(data) and (problem := tiff.problem(data)):
+        raise BadImage(f"{DAMAGED}: a TIFF with {problem}")
+    formats = [name for name in limits.formats if name != HEIF]
+    if HEIF in limits.formats and data[4:8] == _CONTAINER and reads_heif():
+        formats.append(HEIF)  # last, because its decoder also opens some AVIFs, and then fails
     try:
         stream = _Bytes(data) if len(data) > _COUNTED_BYTES else BytesIO(data)
-        image = Image.open(stream, formats=limits.formats)
+        image = Image.open(stream, formats=formats)
     except Image.UnidentifiedImageError as error:
         raise BadImage(_unidentified(data, limits.formats)) from error
     except Image.DecompressionBombError as error:
@@ -225,7 +267,21 @@ def open_image_bytes(data: bytearray, limits: ImageLimits) -> ImageFile.ImageFil
         _check_jpeg(image, data)
     elif image.format == "PNG" and not 0 <= data.rfind(b"IEND") <= len(data) - 8:
         raise BadImage(f"{TRUNCATED}: a PNG without its end marker")
+    elif image.format == "TIFF":
+        _check_strips(image)
     return image
+
+
+@cache
+def reads_heif() -> bool:
+    """Return True if pillow-heif is installed, after letting Pillow read HEIF with it."""
+    try:
+        import pillow_heif
+    except Exception:  # also a library that it needs and that is missing
+        return False
+    # Workers decode images side by side already. Only the image itself is used.
+    pillow_heif.register_heif_opener(decode_threads=1, thumbnails=False, depth_images=False, aux_images=False)
+    return True
 
 
 def orientation_of(image: Image.Image) -> int:
@@ -259,12 +315,15 @@ def check_formats(names: Iterable[str]) -> Iterator[str]:
     if not names:
         yield "data.image_formats is empty: name at least one format, such as JPEG."
     Image.init()
+    known = {*Image.OPEN, *IMAGE_FORMATS}
     for name in names:
         if name.upper() in EXECUTABLE_FORMATS:
             yield f"data.image_formats: {name} is not allowed, because Ghostscript would execute such files; remove it."
-        elif name.upper() not in Image.OPEN:
-            aliases = {suffix.strip(".").upper(): known for suffix, known in Image.registered_extensions().items()}
-            near = aliases.get(name.upper()) or next(iter(difflib.get_close_matches(name.upper(), Image.OPEN, 1)), None)
+        elif name.upper() not in known:
+            aliases = {suffix.strip(".").upper(): format for suffix, format in Image.registered_extensions().items()}
+            near = aliases.get(name.upper()) or next(
+                iter(difflib.get_close_matches(name.upper(), sorted(known), 1)), None
+            )
             yield f"data.image_formats: Pillow cannot read {name!r}{f'; did you mean {near}?' if near else '.'}"
 
 
@@ -299,16 +358,32 @@ def _check_jpeg(image: ImageFile.ImageFile, data: bytearray) -> None:
         raise BadImage(f"{DAMAGED}: {scans} scans")
 
 
+def _check_strips(image: ImageFile.ImageFile) -> None:
+    """Check that the strips or tiles of a TIFF do not overlap.
+
+    Pillow decodes all of them: a million offsets of one strip would take hours.
+    """
+    width, height = image.size
+    boxes = [tile.extents or (0, 0, 0, 0) for tile in image.tile]
+    covered = sum((right - left) * (bottom - top) for left, top, right, bottom in boxes)
+    if covered > width * height * _MAX_LAYERS:
+        raise BadImage(f"{DAMAGED}: a TIFF whose {len(boxes):,} strips overlap")
+
+
 def _unidentified(data: bytearray, allowed: tuple[str, ...]) -> str:
     """Return the reason for a file that Pillow has not recognized as an image of an allowed format."""
     Image.init()
     found = []
+    if data[4:8] == _CONTAINER and data[8:12] in _HEIF_BRANDS:
+        if HEIF in allowed and not reads_heif():
+            return f"{NO_DECODER}: HEIC needs pillow-heif: pip install pillow-heif"
+        found.append(HEIF)
     for name, (_, accept) in Image.OPEN.items():
         with suppress(IndexError, struct.error):  # raised for a file of a few bytes
             if accept is not None and accept(bytes(data[:16])) is True:
                 found.append(name)
     if known := [name for name in found if name in map(str.upper, allowed)]:
-        return f"{DAMAGED}: a {known[0]} whose header cannot be read"
+        return f"{DAMAGED}: {known[0]} file whose header cannot be read"
     if found:
         return f"{NOT_ALLOWED}: {found[0]} is not in data.image_formats"
     if data.startswith(LFS_POINTER):

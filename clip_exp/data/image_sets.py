@@ -10,7 +10,7 @@ import unicodedata
 import warnings
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,7 +18,6 @@ import numpy as np
 from PIL import Image
 
 from clip_exp.data.files import (
-    MAX_EVALUATED_BYTES,
     TOO_MANY_PIXELS,
     BadImage,
     ImageLimits,
@@ -41,7 +40,7 @@ class ImageSet(Protocol):
 
     def __len__(self) -> int: ...
 
-    def open(self, index: int, max_pixels: int) -> Image.Image:
+    def open(self, index: int, limits: ImageLimits) -> Image.Image:
         """Return the image in its original mode, as published evaluations decode it (`data.images.open_image`).
 
         Raises:
@@ -77,8 +76,7 @@ class ImageFiles:
     def __len__(self) -> int:
         return len(self.paths)
 
-    def open(self, index: int, max_pixels: int) -> Image.Image:
-        limits = ImageLimits(max_pixels, max_bytes=MAX_EVALUATED_BYTES)
+    def open(self, index: int, limits: ImageLimits) -> Image.Image:
         image = _decode(read_file(self.name(index), limits), limits)
         if not self.border:
             return image
@@ -119,8 +117,8 @@ class TableImages:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def open(self, index: int, max_pixels: int) -> Image.Image:
-        limits = ImageLimits(max_pixels, max_bytes=MAX_EVALUATED_BYTES, outside_root=self.outside_root)
+    def open(self, index: int, limits: ImageLimits) -> Image.Image:
+        limits = replace(limits, outside_root=self.outside_root)
         return _decode(self.table.read_image(int(self.rows[index]), limits), limits)
 
     def name(self, index: int) -> str:
@@ -149,7 +147,7 @@ class TorchvisionImages:
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def open(self, index: int, max_pixels: int) -> Image.Image:
+    def open(self, index: int, limits: ImageLimits) -> Image.Image:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             try:
@@ -157,9 +155,9 @@ class TorchvisionImages:
                 image.load()
             except Exception as error:  # a third-party class may raise anything for a damaged file
                 raise bad_image(error) from error
-        if image.width * image.height > max_pixels:
+        if image.width * image.height > limits.max_pixels:
             raise BadImage(
-                f"{TOO_MANY_PIXELS}: {image.width} x {image.height} pixels, more than max_image_pixels={max_pixels}"
+                f"{TOO_MANY_PIXELS}: {image.width} x {image.height} pixels, more than max_image_pixels={limits.max_pixels}"
             )
         return image
 

@@ -8,11 +8,10 @@ Images stay uint8 until they are on the device. Copying uint8 moves a quarter of
 
 Files are untrusted. The limits are checked in the header before any pixel is decoded. Any exception of a decoder
 becomes a `BadImage` with a reason, and its warnings are suppressed. For images within the default limits, decoding
-needs less than 500 MB.
+needs less than 500 MB, and slightly more for an AVIF with alpha and full color resolution.
 """
 
 import math
-import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -25,14 +24,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.nn.functional import interpolate
-from torch.utils.data import get_worker_info
 
 from clip_exp.config.data import AugmentationConfig
 from clip_exp.config.model import ImageTowerConfig, Interpolation, ResizeMode
+from clip_exp.data import decoders
 from clip_exp.data.files import (
     DAMAGED,
     JPEGS,
-    MAX_EVALUATED_BYTES,
     SIDEWAYS,
     TOO_LONG,
     BadImage,
@@ -72,7 +70,7 @@ def to_rgb(image: RawImage, limits: ImageLimits) -> Tensor:
         return torch.from_numpy(np.array(image)).permute(2, 0, 1)
     with _without_warnings():
         try:
-            image.load()
+            _load(image)
             return _upright_rgb(_strips(image), image.size, orientation_of(image))
         except Exception as error:
             raise bad_image(error) from error
@@ -97,8 +95,8 @@ def to_pil(image: RawImage, limits: ImageLimits) -> Image.Image:
 def decode_rgb(data: bytearray, limits: ImageLimits) -> Tensor:
     """Decode an image for training: RGB, upright (EXIF), transparency on white, 16 bits scaled to 8.
 
-    JPEG and WebP are decoded by torchvision, which returns the same pixels as Pillow, faster and with less memory.
-    Other formats, and files that torchvision refuses, are decoded by Pillow.
+    JPEG and WebP are decoded by torchcodec, which returns the same pixels as Pillow, faster and with less memory.
+    Other formats, and files that torchcodec refuses, are decoded by Pillow.
 
     Args:
         data: content of the image file. The first frame of an animation is used.
@@ -111,13 +109,13 @@ def decode_rgb(data: bytearray, limits: ImageLimits) -> Tensor:
     with _without_warnings():
         image = open_image_bytes(data, limits)
         try:
-            if image.format in JPEGS and (pixels := _decode_jpeg(data)) is not None:
-                if sorted(pixels.shape[1:]) != sorted(image.size):
-                    raise BadImage(f"{DAMAGED}: the header contradicts itself")
+            if image.format in JPEGS and _exif_is_first(image) and (pixels := decoders.decode_jpeg(data)) is not None:
+                _check_shape(pixels, image)
                 return pixels
-            if image.format == "WEBP" and (pixels := _decode_webp(data)) is not None:
-                return _upright_rgb(_strips_of_tensor(pixels), image.size, orientation_of(image))
-            image.load()
+            if _is_still_webp(image) and (pixels := decoders.decode_webp(data)) is not None:
+                _check_shape(pixels, image)
+                return _upright_rgb(_strips_of_tensor(pixels), (pixels.shape[2], pixels.shape[1]))
+            _load(image)
             return _upright_rgb(_strips(image), image.size, orientation_of(image))
         except Exception as error:
             raise bad_image(error) from error
@@ -133,19 +131,19 @@ def decode(data: bytearray, limits: ImageLimits) -> Image.Image:
     with _without_warnings():
         image = open_image_bytes(data, limits)
         try:
-            if image.format == "WEBP" and (pixels := _decode_webp(data)) is not None:
-                return Image.fromarray(pixels.permute(1, 2, 0).numpy())
+            if _is_still_webp(image) and (pixels := decoders.decode_webp(data)) is not None:
+                _check_shape(pixels, image)
+                return Image.fromarray(_as_stored(pixels.permute(1, 2, 0).numpy(), orientation_of(image)))
             return _in_8_bits(image)
         except Exception as error:
             raise bad_image(error) from error
 
 
-def open_image(path: str | Path, max_pixels: int) -> Image.Image:
+def open_image(path: str | Path, limits: ImageLimits) -> Image.Image:
     """Read and `decode` an image file.
 
     Raises: BadImage with the reason.
     """
-    limits = ImageLimits(max_pixels, max_bytes=MAX_EVALUATED_BYTES)
     return decode(read_file(path, limits), limits)
 
 
@@ -154,8 +152,32 @@ def pil_to_tensor(image: Image.Image) -> Tensor:
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
+def _check_shape(pixels_CHW: Tensor, image: Image.Image) -> None:
+    if sorted(pixels_CHW.shape[1:]) != sorted(image.size):
+        raise BadImage(f"{DAMAGED}: the header contradicts itself")
+
+
+def _exif_is_first(image: Image.Image) -> bool:
+    """Return True for a JPEG without EXIF, or with EXIF in its first APP1 segment, the only one where torchcodec looks."""
+    first = next((body for name, body in getattr(image, "applist", ()) if name == "APP1"), b"")
+    return first.startswith(b"Exif") or "exif" not in image.info
+
+
+def _is_still_webp(image: Image.Image) -> bool:
+    return image.format == "WEBP" and not getattr(image, "is_animated", False)  # torchcodec decodes all frames
+
+
+def _load(image: Image.Image) -> None:
+    """Decode the pixels, whose number was checked in the header."""
+    size = image.size
+    with decoders.silent_worker():
+        image.load()
+    if sorted(image.size) != sorted(size):  # a HEIF has its size in the container and in the encoded image
+        raise BadImage(f"{DAMAGED}: the header contradicts itself")
+
+
 def _in_8_bits(image: Image.Image) -> Image.Image:
-    image.load()
+    _load(image)
     if not image.mode.startswith("I"):
         return image
     scaled_HW = np.empty((image.height, image.width), dtype=np.uint8)
@@ -171,54 +193,6 @@ def _without_warnings() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
-
-
-def _decode_jpeg(data: bytearray) -> Tensor | None:
-    """Return None if torchvision does not decode this image, or has no decoder (deprecated since 0.29)."""
-    try:
-        # Imported here, because it takes 0.9 s and only some files need it.
-        from torchvision.io import ImageReadMode, decode_jpeg
-
-        encoded = torch.frombuffer(data, dtype=torch.uint8)
-        with _silent_worker():
-            return decode_jpeg(encoded, mode=ImageReadMode.RGB, apply_exif_orientation=True)
-    except (ImportError, RuntimeError):
-        return None
-
-
-@contextmanager
-def _silent_worker() -> Iterator[None]:
-    """Suppress the warnings that libjpeg prints to stderr without the name of the file.
-
-    Only in worker processes: in other processes, other threads may write to stderr at the same time.
-    """
-    if get_worker_info() is None or (descriptors := _stderr_and_devnull()) is None:
-        yield
-        return
-    stderr, devnull = descriptors
-    os.dup2(devnull, 2)
-    try:
-        yield
-    finally:
-        os.dup2(stderr, 2)
-
-
-@cache
-def _stderr_and_devnull() -> tuple[int, int] | None:
-    try:
-        return os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    except OSError:  # the process was started without stderr
-        return None
-
-
-def _decode_webp(data: bytearray) -> Tensor | None:
-    """Return RGB or RGBA as stored; None if torchvision does not decode this image, such as an animation."""
-    try:
-        from torchvision.io import ImageReadMode, decode_webp
-
-        return decode_webp(torch.frombuffer(data, dtype=torch.uint8), mode=ImageReadMode.UNCHANGED)
-    except (ImportError, RuntimeError):
-        return None
 
 
 Strips = Iterator[tuple[int, Image.Image]]  # (first row, strip) in order
@@ -241,7 +215,7 @@ def _strips_of_tensor(image_CHW: Tensor) -> Strips:
         yield top, Image.fromarray(image_HWC[top : top + rows])
 
 
-def _upright_rgb(strips: Strips, size: tuple[int, int], orientation: int) -> Tensor:
+def _upright_rgb(strips: Strips, size: tuple[int, int], orientation: int = 1) -> Tensor:
     """Assemble strips to an upright RGB image.
 
     Args:
@@ -252,7 +226,7 @@ def _upright_rgb(strips: Strips, size: tuple[int, int], orientation: int) -> Ten
     """
     width, height = size if orientation in SIDEWAYS else size[::-1]
     upright = np.empty((width, height, 3), dtype=np.uint8)
-    stored = _AS_STORED[orientation](upright) if orientation in _AS_STORED else upright
+    stored = _as_stored(upright, orientation)
     for top, strip in strips:
         if strip.mode.startswith("I"):
             strip = Image.fromarray(_upper_byte(strip))
@@ -262,9 +236,13 @@ def _upright_rgb(strips: Strips, size: tuple[int, int], orientation: int) -> Ten
     return torch.from_numpy(upright).permute(2, 0, 1)
 
 
+def _as_stored(upright_HWC: np.ndarray, orientation: int) -> np.ndarray:
+    return _AS_STORED[orientation](upright_HWC) if orientation in _AS_STORED else upright_HWC
+
+
 def _upper_byte(image: Image.Image) -> np.ndarray:
     """Convert 16-bit gray to uint8 by the upper byte, as Pillow does for 16-bit color."""
-    return (np.asarray(image).astype(np.uint32) >> 8).clip(0, 255).astype(np.uint8)
+    return (np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8)
 
 
 # Transforms to the input size of the model.

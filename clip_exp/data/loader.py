@@ -32,6 +32,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from clip_exp.config.data import AugmentationConfig, OnBadImage
+from clip_exp.data.decoders import image_decoder
 from clip_exp.data.files import BadImage, ImageLimits
 from clip_exp.data.image_sets import ImageSet
 from clip_exp.data.images import Preprocessing, eval_transform, to_pil, to_rgb, train_transform
@@ -222,7 +223,7 @@ class EvalImages(Dataset[EvalSample]):
 
     images: ImageSet
     transform: Callable[[Image.Image], Tensor]  # maps an image to uint8 [3, S, S]; must be picklable
-    max_image_pixels: int = 200_000_000  # see `open_image`
+    limits: ImageLimits
 
     def __len__(self) -> int:
         return len(self.images)
@@ -230,7 +231,7 @@ class EvalImages(Dataset[EvalSample]):
     def __getitem__(self, index: int) -> EvalSample:
         reading(self.images.name(index))
         try:
-            image = self.transform(self.images.open(index, self.max_image_pixels))
+            image = self.transform(self.images.open(index, self.limits))
         except BadImage as error:
             return EvalSample(index, None, [], [], -1, (UnreadableImage(self.images.name(index), str(error)),))
         return EvalSample(index, image, [], [], -1)
@@ -338,6 +339,7 @@ class WorkerLoader(DataLoader[T_co]):
         self, dataset: Dataset[Any], *, batch_bytes: int = 0, limit: ReadLimit = DEFAULT_LIMIT, **options: Any
     ) -> None:
         workers = options.get("num_workers", 0)
+        image_decoder()
         super().__init__(dataset, timeout=limit.tick_s if workers else 0, **options)
         self.batch_bytes, self.limit = batch_bytes, limit
         if workers:

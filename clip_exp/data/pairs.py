@@ -8,7 +8,10 @@
 torch.
 """
 
+from bisect import bisect_right
+from collections.abc import Sequence
 from hashlib import blake2b
+from itertools import accumulate
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -147,7 +150,9 @@ class Items(Protocol):
     """Images of the validation data."""
 
     @property
-    def origin(self) -> Origin: ...
+    def origins(self) -> "list[Any]":
+        """The tables or the data set (`Origin`) of the images."""
+        ...
 
     # Names of the classes; empty without labels
     class_names: list[str]
@@ -190,13 +195,20 @@ class TableRows:
     Args:
         folder: common parent folder of all sources, with a trailing slash, if only the full path identifies an image;
             it may differ between nodes. None: the table alone identifies its images.
+        weights: probabilities of the caption columns, relative to each other; None: all captions are equally probable.
     """
 
-    def __init__(self, table: PairTable, captions: Captions, folder: str | None = None) -> None:
+    def __init__(
+        self,
+        table: PairTable,
+        captions: Captions,
+        folder: str | None = None,
+        weights: Sequence[float] | None = None,
+    ) -> None:
         # Keep the table, not its arrays: an indexed table is memory-mapped and pickles as its folder, so all workers
         # share one copy.
         self.origin = table
-        self._captions, self._folder = captions, folder
+        self._captions, self._folder, self._weights = captions, folder, weights
         self.images = table.images
         self.in_shards = table.members is not None
         self.shapes = table.shapes
@@ -209,7 +221,9 @@ class TableRows:
         if self._captions is not Captions.random:
             return row
         rows = self.origin.rows_of(row)
-        return int(rows[caption_number(row, seed, epoch, len(rows))])
+        if self._weights is None or self.origin.caption_columns is None:
+            return int(rows[caption_number(row, seed, epoch, len(rows))])
+        return int(rows[weighted_caption(row, seed, epoch, self.origin.caption_columns[rows], self._weights)])
 
     def load(self, row: int, seed: int, epoch: int, limits: ImageLimits) -> Pair:
         table_row = self.table_row(row, seed, epoch)
@@ -250,7 +264,7 @@ class TableItems:
     """
 
     def __init__(self, table: PairTable) -> None:
-        self.origin = table
+        self.origin, self.origins = table, [table]
         labels = [""] * table.images if table.labels is None else label_of_images(table)
         self.class_names: list[str] = sorted(set(labels) - {""})
         position = {"": -1, **{name: index for index, name in enumerate(self.class_names)}}
@@ -273,9 +287,63 @@ class TableItems:
         return self.origin.unreadable(int(self.origin.rows_of(index)[0]), reason, setting)
 
 
+class JoinedItems:
+    """Images of several tables, one after the other.
+
+    Args:
+        parts: items of each table.
+    """
+
+    def __init__(self, parts: Sequence[TableItems]) -> None:
+        self.parts = parts
+        self.origins = [part.origin for part in parts]
+        self.class_names = sorted({name for part in parts for name in part.class_names})
+        self._ends = list(accumulate(map(len, parts)))
+        self._first_captions = [0, *accumulate(len(part.origin) for part in parts)]
+        position = {name: index for index, name in enumerate(self.class_names)}
+        self._labels = [[*(position[name] for name in part.class_names), -1] for part in parts]
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    def load(self, index: int, limits: ImageLimits) -> Item:
+        part, index = self._find(index)
+        item = self.parts[part].load(index, limits)
+        numbers = [self._first_captions[part] + number for number in item.caption_indices]
+        return item._replace(caption_indices=numbers, label=self._labels[part][item.label])
+
+    def image_name(self, index: int) -> str:
+        part, index = self._find(index)
+        return self.origins[part].image_path(int(self.origins[part].rows_of(index)[0]))
+
+    def unreadable(self, index: int, reason: str, setting: str) -> str:
+        part, index = self._find(index)
+        return self.parts[part].unreadable(index, reason, setting)
+
+    def _find(self, index: int) -> tuple[int, int]:
+        """Return the table of an image, and its number in it."""
+        part = bisect_right(self._ends, index)
+        return part, index - (self._ends[part - 1] if part else 0)
+
+
 def caption_number(row: int, seed: int, epoch: int, captions: int) -> int:
     """Return which of the captions of a row is used in an epoch."""
     return hash64(_CAPTION, seed, epoch, row) % captions
+
+
+def weighted_caption(row: int, seed: int, epoch: int, columns: np.ndarray, weights: Sequence[float]) -> int:
+    """Return which of the captions of a row is used in an epoch.
+
+    The weight of a column is divided equally among its captions. That of a column without a caption goes to the others.
+
+    Args:
+        columns: column of each caption, int [captions].
+        weights: weight of each column.
+    """
+    counts = np.bincount(columns, minlength=len(weights))
+    ends = np.cumsum((np.asarray(weights) / np.maximum(counts, 1))[columns])
+    drawn = hash64(_CAPTION, seed, epoch, row) / 2**64 * ends[-1]
+    return min(int(np.searchsorted(ends, drawn, side="right")), len(columns) - 1)
 
 
 def needs_full_paths(table: PairTable) -> bool:

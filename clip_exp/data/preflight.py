@@ -5,17 +5,18 @@ Does not import torch.
 
 import hashlib
 import json
+import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from clip_exp.config.data import CustomDataConfig, DataConfig
+from clip_exp.config.data import CustomDataConfig, DataConfig, Format
 from clip_exp.config.training import TrainConfig
-from clip_exp.data.files import BadImage, ImageLimits, check_formats, kind_of
+from clip_exp.data.files import BadImage, ImageLimits, check_formats, kind_of, open_image_bytes
 from clip_exp.data.generated import count_rows
 from clip_exp.data.pairs import Origin, bytes_of
 from clip_exp.data.stream import INDEX, Sources, blocks_of, open_all
@@ -29,14 +30,13 @@ TRIED = 20  # images per table
 
 def check_files(data: DataConfig) -> Iterator[str]:
     """Yield a message for each problem with the files, filters and formats that `data` names. No file is opened."""
-    for source in data.sources:
-        yield from _check_files("data.train", source.paths)
-        if source.image_root is not None and not Path(source.image_root).is_dir():
-            yield f"data.train: image_root={source.image_root} of {source.paths[0]} is not a directory."
-        if source.filter is not None:
-            yield from _check_filter(source.filter)
-    if data.val_paths:
-        yield from _check_files("data.val", data.val_paths)
+    for key, sources in (("data.train", data.sources), ("data.val", data.val_sources)):
+        for source in sources:
+            yield from _check_files(key, source.paths, source.reading.get("format", data.format))
+            if source.image_root is not None and not Path(source.image_root).is_dir():
+                yield f"{key}: image_root={source.image_root} of {source.paths[0]} is not a directory."
+            if source.filter is not None:
+                yield from _check_filter(source.filter)
     if data.val_paths or not isinstance(data, CustomDataConfig):  # else these keys are arguments of the Dataset
         if data.image_root is not None and not Path(data.image_root).is_dir():
             yield f"data.image_root={data.image_root} is not a directory."
@@ -72,20 +72,26 @@ def check_tables(config: TrainConfig) -> RunTables:
     opened = open_all(data, Path(config.output_dir) / INDEX)
     origins = [("data.train", source.rows.origin) for source in opened.train]
     if opened.val is not None:
-        origins.append(("data.val", opened.val.origin))
-    problems = [
-        problem
-        for key, origin in origins
-        for problem in (*_check_rows(key, origin, data), *_check_images(key, origin, ImageLimits.of(data)))
-    ]
+        origins += [("data.val", origin) for origin in opened.val.origins]
+    problems = [problem for key, origin in origins for problem in check_origin(key, origin, data)]
     if problems:
         raise DataError("\n".join(problems))
     return RunTables(sum(len(source.rows) for source in opened.train), opened)
 
 
-def _check_files(key: str, paths: list[Any]) -> Iterator[str]:
+def check_origin(key: str, origin: Origin, data: DataConfig) -> Iterator[str]:
+    """Yield a message if too many rows are bad, too many captions are empty, or no image can be read.
+
+    Args:
+        key: key of the data, for messages.
+    """
+    yield from _check_rows(key, origin, data)
+    yield from _check_images(key, origin, ImageLimits.of(data))
+
+
+def _check_files(key: str, paths: list[Any], layout: Format) -> Iterator[str]:
     try:
-        expand(paths)
+        expand(paths, layout)
     except ConfigError as error:
         yield from (f"{key}: {problem}" for problem in str(error).splitlines())
 
@@ -125,7 +131,11 @@ def _check_images(key: str, origin: Origin, limits: ImageLimits) -> Iterator[str
     reasons: list[str] = []
     for row in rows:
         try:
-            origin.read_image(row, limits)
+            image = origin.read_image(row, limits)
+            if isinstance(image, bytearray):
+                with warnings.catch_warnings():  # of Pillow, about single images
+                    warnings.simplefilter("ignore")
+                    open_image_bytes(image, limits)
             return
         except BadImage as error:
             reasons.append(str(error))
@@ -133,7 +143,7 @@ def _check_images(key: str, origin: Origin, limits: ImageLimits) -> Iterator[str
     yield (
         f"{key}: none of {len(rows)} images sampled from {origin.name} can be read; the first is "
         f"{origin.location(rows[0])}: {reasons[0]}. {origin.remedy(rows[0], kind)}"
-    )
+    ).rstrip()
 
 
 # The fingerprint of the data, stored in checkpoints and compared when a run is resumed.
@@ -167,8 +177,18 @@ def fingerprint(opened: Sources, config: DataConfig) -> dict[str, Any]:
         "data.captions": config.captions.value,
         "data.max_rows": config.max_rows,
         "sources": described,
-        VAL: None if opened.val is None else opened.val.origin.fingerprint(),
+        VAL: None if opened.val is None else _joined(origin.fingerprint() for origin in opened.val.origins),
     }
+
+
+def _joined(fingerprints: Iterable[dict[str, Any]]) -> dict[str, Any]:
+    """Return the files of several tables, whose names are made distinct."""
+    joined: dict[str, Any] = {}
+    for files in fingerprints:
+        for name, file in files.items():
+            times = sum(other.partition(" [")[0] == name for other in joined)
+            joined[f"{name} [{times + 1}]" if times else name] = file
+    return joined
 
 
 def describe(opened: Sources, config: DataConfig) -> dict[str, Any]:
@@ -184,7 +204,7 @@ def describe(opened: Sources, config: DataConfig) -> dict[str, Any]:
     origins = [source.rows.origin for source in opened.train]
     if opened.val is not None:
         described[VAL] = _brief(described[VAL])
-        origins.append(opened.val.origin)
+        origins += opened.val.origins
     count, limits = max(1, SAMPLED // len(origins)), ImageLimits.of(config)
     return {**described, "images": [digest for origin in origins for digest in _sample(origin, count, limits)]}
 

@@ -27,7 +27,7 @@ from clip_exp.config.base import Target
 from clip_exp.config.data import CustomDataConfig, DataConfig, Shuffle, Source
 from clip_exp.data.custom import DatasetItems, DatasetRows, open_dataset
 from clip_exp.data.files import ImageLimits, normal_path
-from clip_exp.data.pairs import Items, Pair, Rows, TableItems, TableRows, needs_full_paths
+from clip_exp.data.pairs import Items, JoinedItems, Pair, Rows, TableItems, TableRows, needs_full_paths
 from clip_exp.data.randomness import Blocks, epoch_order, hash64
 from clip_exp.data.tables.features import describe
 from clip_exp.data.tables.open import open_configured
@@ -97,7 +97,11 @@ def open_sources(config: DataConfig, index_dir: Path | None = None) -> list[Open
         folders = [normal_path(str(folder)) for _, table in tables for folder in table.folders]
         shared = os.path.join(os.path.commonpath(folders), "")
     opened = [
-        OpenSource(TableRows(table, config.captions, shared), spec.weight, configured(spec, config).filter)
+        OpenSource(
+            TableRows(table, config.captions, shared, configured(spec, config).caption_weights),
+            spec.weight,
+            configured(spec, config).filter,
+        )
         for spec, table in tables
     ]
     if len(opened) > 1:
@@ -126,15 +130,29 @@ def _check_shapes(first: PairTable, table: PairTable) -> None:
             )
 
 
-def open_val_table(config: DataConfig, index_dir: Path | None = None) -> PairTable:
-    """Open the table of `data.val`; see `open_sources`."""
-    return open_configured(config, config.val_paths, label_key=config.label_key, index_dir=index_dir)
+def open_val_tables(config: DataConfig, index_dir: Path | None = None) -> list[PairTable]:
+    """Open the tables of `data.val`, or those of the images of `data.train` that `data.val_fraction` holds out; see `open_sources`."""
+    held_out = config.val_fraction is not None
+    return [
+        open_configured(
+            configured(spec, config),
+            spec.paths,
+            label_key=config.label_key,
+            held_out=held_out,
+            max_rows=config.max_rows if held_out else None,
+            index_dir=index_dir,
+        )
+        for spec in (config.sources if held_out else config.val_sources)
+    ]
 
 
 def _open_val(config: DataConfig, index_dir: Path | None) -> Items | None:
     if isinstance(config.val, Target):
         return DatasetItems(open_dataset(config.val, "data.val", num_workers=config.num_workers))
-    return TableItems(open_val_table(config, index_dir)) if config.val_paths else None
+    tables = open_val_tables(config, index_dir)
+    if len(tables) > 1:
+        return JoinedItems([TableItems(table) for table in tables])
+    return TableItems(tables[0]) if tables else None
 
 
 def quotas(sources: Sequence[OpenSource]) -> list[int]:

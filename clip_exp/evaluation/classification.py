@@ -141,4 +141,5 @@ def classified(
         probabilities.float().numpy(),
         data.class_names,
         data.keys,
+        encoded.limits,
     )

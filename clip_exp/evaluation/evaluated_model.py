@@ -252,7 +252,7 @@ def score_tasks(
 
 
 def _load(config: EvaluateConfig, source: ModelSource) -> tuple[EvaluatedModel, dict[str, Any]]:
-    options = encode_options(config)
+    options = encode_options(config, source)
     sha256 = from_main(source.sha256)
     about = about_weights(source, sha256, options.device)
     cache = Cache(Path(config.output_dir) / "cache", config.cache_gb) if config.cache_gb else None

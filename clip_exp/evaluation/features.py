@@ -26,6 +26,7 @@ from torch import Tensor
 
 from clip_exp._version import __version__
 from clip_exp.config.evaluation import EvalOnBadImage, InferenceConfig
+from clip_exp.data.files import ImageLimits
 from clip_exp.data.image_sets import ImageSet
 from clip_exp.data.images import Preprocessing, normalize
 from clip_exp.data.loader import (
@@ -39,6 +40,7 @@ from clip_exp.data.loader import (
 from clip_exp.data.reading import DEFAULT_LIMIT, ReadLimit
 from clip_exp.devices import inference, inference_precision, resolve_accelerator
 from clip_exp.errors import DataError, NumericError
+from clip_exp.loading import ModelSource
 from clip_exp.progress import progress
 from clip_exp.ranks.group import from_main, gather_objects, local_world_size, rank, world_size
 from clip_exp.storage import atomic_file
@@ -46,6 +48,7 @@ from clip_exp.text.prefixes import NODES, TreeLayout, grow, pack
 from clip_exp.text.tokenizer import Tokenizer, Tokenizes
 
 log = logging.getLogger(__name__)
+EVALUATED = ImageLimits.evaluated()
 BLOCKS = 64  # of a dataset: up to so many ranks get equal numbers of blocks
 SMALLEST, LARGEST = 32, 1024  # images per block
 IN_USE_S = 3600.0  # an entry used more recently may be in use by another process
@@ -62,13 +65,18 @@ class EncodeOptions:
     batch_size: int = 64
     num_workers: int | None = None
     on_bad_image: EvalOnBadImage = EvalOnBadImage.error
-    max_image_pixels: int = 200_000_000
+    limits: ImageLimits = EVALUATED
     read_limit: ReadLimit = DEFAULT_LIMIT  # longest wait for a worker that makes no progress
     skip_override: str = "on_bad_image=skip"  # override that leaves unreadable images out, for error messages
 
 
-def encode_options(config: InferenceConfig) -> EncodeOptions:
-    """Return the options of a command's configuration, with `auto` resolved to a device and a precision."""
+def encode_options(config: InferenceConfig, source: ModelSource) -> EncodeOptions:
+    """Return the options of a command's configuration, with `auto` resolved to a device and a precision.
+
+    Args:
+        config: configuration of the command.
+        source: source of the model, whose run may accept further formats.
+    """
     device = torch.device(resolve_accelerator(config.accelerator))
     return EncodeOptions(
         device,
@@ -76,7 +84,7 @@ def encode_options(config: InferenceConfig) -> EncodeOptions:
         config.batch_size,
         config.num_workers,
         config.on_bad_image,
-        config.max_image_pixels,
+        source.image_limits(config.max_image_pixels),
     )
 
 
@@ -313,6 +321,7 @@ class EncodedImages(NamedTuple):
     features: Tensor  # [N, D] float32, on the CPU
     kept: Tensor  # [N] positions of these images, ascending
     bad: list[str]  # "path: reason" of each image that could not be read
+    limits: ImageLimits = EVALUATED  # with which they were read
 
 
 def encode_images(
@@ -349,14 +358,14 @@ def encode_images(
     total = sum(len(blocks[number]) for number in mine)
     with report_killed_workers("num_workers"), progress(total, what, len(images)) as advance:
         advance(sum(len(blocks[number]) for number in found))
-        for number, block in _encode_blocks(encoder, images, options, missing, advance):
+        for number, block in encode_blocks(encoder, images, options, missing, advance):
             store.write(number, block)
             found[number] = block
     everywhere = {number: block for of_rank in gather_objects(found) for number, block in of_rank.items()}
     whole = _join([everywhere[number] for number in range(len(blocks))])
     if not len(whole.kept):
         raise DataError(f"none of the {len(images)} images can be read; the first: {whole.bad[0]}.")
-    return whole
+    return whole._replace(limits=options.limits)
 
 
 class _Store:
@@ -374,7 +383,9 @@ class _Store:
                 block=block,
                 device=options.device.type,
                 precision=options.precision,
-                max_image_pixels=options.max_image_pixels,
+                max_image_pixels=options.limits.max_pixels,
+                max_image_bytes=options.limits.max_bytes,
+                image_formats=sorted(options.limits.formats),
             )
 
     def numbers(self) -> set[int]:
@@ -398,14 +409,25 @@ class _Store:
             )
 
 
-def _encode_blocks(
+def encode_blocks(
     encoder: ImageEncoder,
     images: ImageSet,
     options: EncodeOptions,
     blocks: dict[int, range],
     advance: Callable[[int], None],
 ) -> Iterator[tuple[int, EncodedImages]]:
-    """Yield each block as soon as its last batch is encoded."""
+    """Yield each block as soon as its last batch is encoded. The images of all blocks are read by the same workers.
+
+    Args:
+        encoder: encoder of the images.
+        images: images of all blocks.
+        options: options for reading and encoding.
+        blocks: positions of the images of each block, by number.
+        advance: called with the number of images done since the last call.
+
+    Raises:
+        DataError: an image cannot be read and `on_bad_image` is `error`.
+    """
     if not blocks:
         return
     batches = [
@@ -441,7 +463,7 @@ def load_batches(
     few = len(batches) == 1  # starting processes would take longer than reading one batch
     return iter(
         WorkerLoader(
-            EvalImages(images, encoder.transform, options.max_image_pixels),
+            EvalImages(images, encoder.transform, options.limits),
             limit=options.read_limit,
             batch_bytes=3 * encoder.image_size**2 * max(map(len, batches)),
             batch_sampler=batches,

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from clip_exp.data.files import ImageLimits
 from clip_exp.data.image_sets import ImageSet
 from clip_exp.evaluation.features import require_finite
 from clip_exp.reports.retrieval_report import Query, Retrieved
@@ -174,6 +175,7 @@ def examples(
     kept_N: Tensor,
     captions: list[str],
     images: ImageSet,
+    limits: ImageLimits,
 ) -> Retrieved:
     """Return example queries in both directions, sampled evenly from the dataset.
 
@@ -184,6 +186,7 @@ def examples(
         kept_N: position in `images` of each row of `image_features_ND`.
         captions: captions of the rows of `text_features_MD`.
         images: images of the dataset.
+        limits: limits with which the images were read.
     """
     queries = caption_image_M.unique()
     queries = queries[_evenly(len(queries)).to(queries.device)]
@@ -201,6 +204,7 @@ def examples(
             Query(query, [numbers[row] for row in found], scores, correct, rank)
             for query, (found, scores, correct, rank) in zip(texts.tolist(), t2i, strict=True)
         ],
+        limits,
     )
 
 

@@ -104,6 +104,14 @@ def warn_left_out(left_out: list[LeftOut], given: int) -> None:
         log.warning("\n".join([count, *lines, *more]))
 
 
+def warn_truncated(truncated: int, context_length: int) -> None:
+    """Log one warning with the number of texts that were truncated, if there are any."""
+    if truncated:
+        log.warning(
+            "%d texts are longer than the context length of %d tokens and were truncated.", truncated, context_length
+        )
+
+
 def as_texts(value: Any, where: str) -> list[str]:
     """Return one text or a list of texts as a list. Numbers, booleans and null of YAML are converted to text.
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from clip_exp.data.files import BadImage, Stored, image_signature
+from clip_exp.data.files import BadImage, ImageLimits, Stored, image_signature
 from clip_exp.data.images import open_image
 from clip_exp.inference.inputs import FRAMES, ImageInput, is_video
 
@@ -40,15 +40,15 @@ class Media:
     def __len__(self) -> int:
         return len(self.owner)
 
-    def open(self, index: int, max_pixels: int) -> Image.Image:
+    def open(self, index: int, limits: ImageLimits) -> Image.Image:
         """Open an image or frame; see `ImageSet.open`."""
         item = self.owner[index]
         if self.in_memory and (image := self.in_memory[item]) is not None:
             return image
         path = str(self.paths[item])
         if not is_video(path):
-            return open_image(path, max_pixels)
-        return read_frame(path, index - int(self._first[item]), self.frames, max_pixels)
+            return open_image(path, limits)
+        return read_frame(path, index - int(self._first[item]), self.frames, limits.max_pixels)
 
     def name(self, index: int) -> str:
         """Return the path of the image or video."""

@@ -18,7 +18,9 @@ from clip_exp.errors import CheckpointError, ConfigError
 from clip_exp.loading import ModelSource
 from clip_exp.storage import TextWriter, atomic_file
 
-ENDINGS = {".json": OutputFormat.json, ".csv": OutputFormat.csv}
+ENDINGS = {".csv": OutputFormat.csv, ".json": OutputFormat.json, ".txt": OutputFormat.table}
+# Endings of files that usually contain features
+ARRAYS = (".npy", ".npz", ".pt", ".pth", ".h5", ".hdf5", ".parquet", ".safetensors", ".pkl")
 WIDE = 100_000  # width of tables without a terminal, characters
 
 
@@ -35,13 +37,24 @@ def check_output(config: OutputConfig) -> None:
     """Check the output file.
 
     Raises:
-        ConfigError: `output` is a folder, or its folder does not exist.
+        ConfigError: `output` is a folder, its folder does not exist, or its ending is unknown or that of another format.
     """
-    if config.output is not None:
-        path = Path(config.output).expanduser()
-        if path.is_dir() or not path.parent.is_dir():
-            what = "is a folder" if path.is_dir() else f"cannot be written: {path.parent} is not a folder"
-            raise ConfigError(f"output={config.output} {what}.")
+    if config.output is None:
+        return
+    path = Path(config.output).expanduser()
+    if path.is_dir() or not path.parent.is_dir():
+        what = "is a folder" if path.is_dir() else f"cannot be written: {path.parent} is not a folder"
+        raise ConfigError(f"output={config.output} {what}.")
+    ending = path.suffix.lower()
+    if ending not in ENDINGS:
+        given = f"has the unknown ending {path.suffix}" if ending else "has no ending"
+        known = " or ".join(f"{known} ({chosen})" for known, chosen in ENDINGS.items())
+        features = " For features of images and texts, use clip-exp embed." if ending in ARRAYS else ""
+        raise ConfigError(f"output={config.output} {given}: give a file that ends with {known}.{features}")
+    if config.format not in (None, ENDINGS[ending]):
+        raise ConfigError(
+            f"output={config.output} has the ending of {ENDINGS[ending]}, but format={config.format}: leave out one of them."
+        )
 
 
 def about(source: ModelSource) -> dict[str, Any]:
@@ -56,7 +69,7 @@ def write(report: Report, config: OutputConfig) -> None:
         CheckpointError: the file cannot be written.
     """
     path = Path(config.output).expanduser() if config.output is not None else None
-    chosen = config.format or (ENDINGS.get(path.suffix.lower()) if path else None) or OutputFormat.table
+    chosen = config.format or (ENDINGS[path.suffix.lower()] if path else OutputFormat.table)
     if path is not None:
         text = _render(report, chosen, WIDE)
         try:

@@ -1,7 +1,6 @@
 """CLIP model for inference: features, probabilities and rankings of images, videos and texts."""
 
 import copy
-import logging
 import multiprocessing
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
@@ -24,13 +23,12 @@ from clip_exp.evaluation.sets.class_names import templates as read_templates
 from clip_exp.export.write import write_export
 from clip_exp.inference.features import Encoded, EncodedMedia, Match, best_matches, encode_each, encode_media
 from clip_exp.inference.index import ImageIndex, check_same_model, read_recipe, recipe_of, update_index
-from clip_exp.inference.inputs import FRAMES, ImageInput, find_images, folders_of, warn_left_out
+from clip_exp.inference.inputs import FRAMES, ImageInput, find_images, folders_of, warn_left_out, warn_truncated
 from clip_exp.inference.media import Media
 from clip_exp.loading import ModelSource, load_model
 from clip_exp.models.clip import CLIP
 from clip_exp.text.tokenizer import build_tokenizer
 
-log = logging.getLogger(__name__)
 ImageInputs = ImageInput | Iterable[ImageInput]
 
 
@@ -271,11 +269,7 @@ class Pipeline:
         return [images] if isinstance(images, str | Path | Image.Image) else list(images)
 
     def _warn_truncated(self, before: int) -> None:
-        if truncated := self.tokenizer.truncated - before:
-            length = self.config.text.context_length
-            log.warning(
-                "%d texts are longer than the context length of %d tokens and were truncated.", truncated, length
-            )
+        warn_truncated(self.tokenizer.truncated - before, self.config.text.context_length)
 
 
 def load_pipeline(source: ModelSource, accelerator: str = "auto") -> Pipeline:
@@ -286,7 +280,8 @@ def load_pipeline(source: ModelSource, accelerator: str = "auto") -> Pipeline:
         CheckpointError: the weights cannot be read, or are of another model.
     """
     device = torch.device(resolve_accelerator(accelerator))
-    return Pipeline(load_model(source, device), source.model, device, source=source)
+    options = EncodeOptions(device, limits=source.image_limits())
+    return Pipeline(load_model(source, device), source.model, device, options, source)
 
 
 def open_pipeline(config: UseConfig, source: ModelSource) -> Pipeline:
@@ -296,7 +291,7 @@ def open_pipeline(config: UseConfig, source: ModelSource) -> Pipeline:
         ConfigError: the accelerator is not available.
         CheckpointError: the weights cannot be read, or are of another model.
     """
-    options = encode_options(config)
+    options = encode_options(config, source)
     pipeline = Pipeline(load_model(source, options.device), source.model, options.device, options, source)
     pipeline.frames = config.frames or pipeline.frames
     return pipeline

@@ -15,12 +15,13 @@ Columns of the CSV file, a row per class:
 """
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from io import StringIO
 from typing import Any
 
 import numpy as np
 
+from clip_exp.data.files import ImageLimits
 from clip_exp.data.image_sets import ImageSet
 from clip_exp.reports.evaluation import Result
 from clip_exp.reports.html import Thumbnails, counted, fact_rows, percent, render
@@ -54,6 +55,7 @@ class Classified:
     probabilities: np.ndarray  # float32 [N, K], probabilities of `best` among all classes
     class_names: list[str]
     keys: list[str | None]  # folder or label of each class; None: not in the data
+    limits: ImageLimits = field(default_factory=ImageLimits.evaluated)  # with which the images were read
 
     def report_files(self, result: Result, heading: dict[str, Any]) -> dict[str, str]:
         return {".csv": as_csv(self), ".html": classification_report(result, self, heading)}
@@ -335,7 +337,7 @@ def _classes(details: Classified, counts: PerClass, names: list[str]) -> dict[st
 
 
 def _examples(details: Classified, names: list[str]) -> dict[str, Any]:
-    thumbnails = Thumbnails(details.images)
+    thumbnails = Thumbnails(details.images, details.limits)
     confidence, correct = details.probabilities[:, 0], details.best[:, 0] == details.labels
     second = details.probabilities[:, 1] if details.probabilities.shape[1] > 1 else confidence
     # The second probability breaks ties: many of the first are 1 in float32.

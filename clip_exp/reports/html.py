@@ -23,7 +23,7 @@ from PIL import Image
 from clip_exp.config import registry
 from clip_exp.config.evaluation import TaskConfig
 from clip_exp.config.help import WITH_VALUE
-from clip_exp.data.files import BadImage
+from clip_exp.data.files import BadImage, ImageLimits
 from clip_exp.data.image_sets import ImageSet
 from clip_exp.runs import read_record
 
@@ -33,7 +33,6 @@ CHECKOUT = Path(__file__).resolve().parents[2]  # repository with train.py and e
 SIDE = 200  # longest side of a thumbnail, pixels
 QUALITY = 82  # JPEG quality of thumbnails
 SMALL = 64  # pixels; smaller images are enlarged without interpolation
-NO_LIMIT = 2**62  # pixels: the evaluation has already checked its own limit
 FACT_NAMES = {
     "kind": "task",
     "data": "data",
@@ -255,17 +254,22 @@ class Thumbnail:
 
 
 class Thumbnails:
-    """Cached thumbnails of a dataset: RGB pixels before the crop of the model, without EXIF orientation or other metadata."""
+    """Cached thumbnails of a dataset: RGB pixels before the crop of the model, without EXIF orientation or other metadata.
 
-    def __init__(self, images: ImageSet) -> None:
-        self._images = images
+    Args:
+        images: images of the dataset.
+        limits: limits of the evaluation.
+    """
+
+    def __init__(self, images: ImageSet, limits: ImageLimits) -> None:
+        self._images, self._limits = images, limits
         self._made: dict[int, Thumbnail] = {}
 
     def __getitem__(self, index: int) -> Thumbnail:
         if index not in self._made:
             path = self._images.name(index)
             try:
-                self._made[index] = shrunk(self._images.open(index, NO_LIMIT).convert("RGB"), path)
+                self._made[index] = shrunk(self._images.open(index, self._limits).convert("RGB"), path)
             except BadImage as error:
                 self._made[index] = Thumbnail(None, SIDE, SIDE, path, str(error))
         return self._made[index]

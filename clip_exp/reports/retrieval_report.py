@@ -1,8 +1,9 @@
 """HTML report of a retrieval: recall in both directions, and example queries with their results."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+from clip_exp.data.files import ImageLimits
 from clip_exp.data.image_sets import ImageSet
 from clip_exp.reports.evaluation import Result
 from clip_exp.reports.html import Thumbnails, counted, fact_rows, percent, render
@@ -32,6 +33,7 @@ class Retrieved:
     captions: list[str]
     image_to_text: list[Query]
     text_to_image: list[Query]
+    limits: ImageLimits = field(default_factory=ImageLimits.evaluated)  # with which the images were read
 
     def report_files(self, result: Result, heading: dict[str, Any]) -> dict[str, str]:
         return {".html": retrieval_report(result, self, heading)}
@@ -41,7 +43,7 @@ def retrieval_report(result: Result, details: Retrieved, heading: dict[str, Any]
     """Return the HTML report of a retrieval."""
     metrics, images, captions = result.metrics, result.protocol["images"], len(details.captions)
     ks = sorted({int(key.removeprefix("recall@").partition("_")[0]) for key in metrics if key.startswith("recall@")})
-    thumbnails = Thumbnails(details.images)
+    thumbnails = Thumbnails(details.images, details.limits)
     return render(
         "retrieval.html",
         **heading,

@@ -130,7 +130,7 @@ def data_facts(summary: dict[str, Any]) -> dict[str, str]:
         "bad images": bad("bad_images", "listed in bad_samples.csv"),
         "bad rows": bad("bad_rows", "left out"),
         "empty captions": "; ".join(empty),
-        "filter": f"{'; '.join(filters)}; these values match nothing" if filters else "",
+        "filter": f"{'; '.join(filters)}; these values are null in the filter" if filters else "",
         "validation": few_images(summary.get("val_images")),
         "skipped steps": f"{skipped:,}, because their gradient was not finite" if skipped else "",
         "truncated captions": fraction("truncated_fraction", "of the training captions"),

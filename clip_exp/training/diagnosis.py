@@ -62,7 +62,12 @@ def data_problems(config: TrainConfig, data: PairsDataModule) -> Iterator[str]:
             )
     if data.val is None:
         return
-    same = min(1.0, sum(data.val.origin.fraction_in(source.rows.origin) for source in data.stream.sources))
+    same = min(
+        1.0,
+        max(
+            sum(origin.fraction_in(source.rows.origin) for source in data.stream.sources) for origin in data.val.origins
+        ),
+    )
     if isinstance(config.data, CustomDataConfig) and isinstance(config.data.val, Target):
         same = max(same, float(config.data.node == config.data.val.node))
     if same > 0:

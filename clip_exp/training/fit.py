@@ -38,6 +38,7 @@ from clip_exp.config.base import plain
 from clip_exp.config.files import read_run_config
 from clip_exp.config.training import DDPConfig, DeepSpeedConfig, LossConfig, StrategyConfig, StrategyName, TrainConfig
 from clip_exp.data.datamodule import PairsDataModule
+from clip_exp.data.decoders import image_decoder
 from clip_exp.data.images import preprocessing_of
 from clip_exp.data.preflight import RunTables
 from clip_exp.devices import benchmarks_convolutions, free_memory, resolve_accelerator, training_precision
@@ -83,6 +84,8 @@ PROFILERS: dict[str, type[Profiler]] = {
     "advanced": AdvancedProfiler,
     "pytorch": PyTorchProfiler,
 }
+# Key of `run.json`; missing in runs of older versions
+DECODER = "image_decoder"
 # Depth of the modules in the summary of `trainer.enable_model_summary`: the towers, and their parts
 SUMMARY_DEPTH = 3
 # Part of the free host memory that the copy of a training state may take, to be written while training continues
@@ -181,6 +184,7 @@ def _fit(
     if is_main():
         for problem in data_problems(config, datamodule):
             log.warning(problem)
+        _note_decoder(record)
     # Set-up ends here: the folder is brought to the state of the checkpoint, and Lightning loads that checkpoint on every rank.
     checkpoint = group.from_main(lambda: _start_from(found, config, run_dir, record, trainer, module, datamodule))
     started_s = time.perf_counter()
@@ -197,6 +201,14 @@ def _fit(
         raise explained from error
     if is_main():
         conclude(run_dir, record, trainer, module, config, time.perf_counter() - started_s)
+
+
+def _note_decoder(record: RunRecord) -> None:
+    """Record the decoder of images in `run.json`; warn if the run was trained with another one."""
+    before, now = record.values.get(DECODER), image_decoder()
+    if before not in (None, now):
+        log.warning("Images are now decoded by %s, before by %s: their pixels may differ slightly.", now, before)
+    record.update(**{DECODER: now})
 
 
 # ---------------------------------------------------------------------------------------------------------------- model

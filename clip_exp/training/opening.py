@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from clip_exp.checkpoints.folders import FOLDER, checkpoints, step_of, was_saved
 from clip_exp.config.base import plain
-from clip_exp.config.data import CustomDataConfig
+from clip_exp.config.data import IMAGE_FORMATS, CustomDataConfig
 from clip_exp.config.files import older_names, to_yaml
 from clip_exp.config.targets import require_allowed
 from clip_exp.config.training import TrainConfig
@@ -67,6 +67,8 @@ LATER = {
     "trainer.sync_batchnorm": False,
     "trainer.limit_val_batches": None,
 }
+# Keys whose default has changed: the present one, and that of older versions, whose runs are recognized by it
+FORMER_DEFAULTS = {"data.image_formats": (list(IMAGE_FORMATS), ["JPEG", "PNG", "WEBP", "GIF", "BMP"])}
 DATA_PATHS = ("data.train", "data.val", "data.image_root")
 STARTS = ("pretrained", "pretrained_image", "pretrained_text")
 LISTED = 3  # number of paths that a message lists
@@ -197,9 +199,14 @@ class Request:
 
     @cached_property
     def fingerprints(self) -> tuple[str, ...]:
-        """Hashes of the configuration: the current one, then those of older versions (other names of keys; with paths)."""
+        """Hashes of the configuration: the current one, then those of older versions (other names and defaults of keys; with paths)."""
         values = identity(self.config)
-        return _hash(without_paths(values)), _hash(older_names(without_paths(values))), _hash(older_names(values))
+        former = {key: old for key, (new, old) in FORMER_DEFAULTS.items() if values.get(key) == new}
+        return tuple(
+            _hash(found)
+            for known in (values, values | former)
+            for found in (without_paths(known), older_names(without_paths(known)), older_names(known))
+        )
 
     def _other_job(self, record: dict[str, Any]) -> list[str]:
         theirs = record.get("job")

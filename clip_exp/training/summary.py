@@ -17,8 +17,8 @@ from clip_exp.checkpoints.folders import best, latest
 from clip_exp.config.training import TrainConfig
 from clip_exp.data.bad_samples import VALIDATION, BadSamples
 from clip_exp.data.datamodule import PairsDataModule
-from clip_exp.data.tables.filters import as_json
 from clip_exp.data.tables.table import bad_rows, unconverted_values
+from clip_exp.data.tables.unconverted import as_json
 from clip_exp.errors import CheckpointError
 from clip_exp.reports.run_report import data_facts, goodput_fact, next_command, next_step, update_report, write_report
 from clip_exp.runs import RunRecord, write_json
@@ -126,7 +126,7 @@ def summarize_data(datamodule: PairsDataModule, run_dir: Path, steps: int, ranks
     assert datamodule.stream is not None
     origins = {"training": [source.rows.origin for source in datamodule.stream.sources]}
     if datamodule.val is not None:
-        origins["validation"] = [datamodule.val.origin]
+        origins["validation"] = datamodule.val.origins
     captions = (steps * datamodule.global_batch_size - datamodule.start_sample) // ranks
     summary: dict[str, Any] = {"bad_images": {}, "bad_rows": {}, "empty_captions": {}, "filter_values": {}}
     file = run_dir / "bad_samples.csv"

@@ -18,6 +18,7 @@ from clip_exp.config.base import plain
 from clip_exp.config.data import OnBadImage
 from clip_exp.config.evaluation import EvalOnBadImage
 from clip_exp.config.training import TrainConfig
+from clip_exp.data.files import ImageLimits
 from clip_exp.data.reading import ReadLimit
 from clip_exp.errors import CheckpointError
 from clip_exp.evaluation.evaluated_model import EvaluatedModel, about_weights, score
@@ -123,6 +124,7 @@ def score_tasks(tasks: list[Task], config: TrainConfig, model: CLIP, device: tor
         num_workers=data.num_workers,
         read_limit=ReadLimit(data.timeout_s, "data.timeout_s"),
         on_bad_image=on_bad_image,
+        limits=ImageLimits.evaluated(run=data),
         skip_override=f"data.on_bad_image={OnBadImage.replace}",
     )
     tokenizer = build_tokenizer(config.model.text)

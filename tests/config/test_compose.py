@@ -434,7 +434,7 @@ def test_a_run_of_another_version_is_refused_with_what_is_wrong(tmp_path: Path) 
 
 @pytest.mark.parametrize("command", SCHEMAS)
 def test_a_command_has_the_defaults_of_its_schema(command: str) -> None:
-    needed = {"check-data": ["data.train=x.csv"]}.get(command, [])
+    needed = {"check-data": ["data.train=x.csv"], "make-shards": ["data.train=x.csv"]}.get(command, [])
     composed = plain(compose(command, needed))
     for name, field in SCHEMAS[command].model_fields.items():
         if not members(field.annotation) and not field.is_required() and name not in ("task", "epochs"):

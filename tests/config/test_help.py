@@ -37,7 +37,7 @@ def test_types_and_defaults_are_those_of_the_fields() -> None:
     assert keys["max_steps"][1:3] == ("integer ≥ 1 or null", "null")
     assert keys["data.num_workers"].type == "integer ≥ 0 and ≤ 4096 or null"
     assert keys["model.dropout"][1:3] == ("number ≥ 0 and < 1", "0")
-    assert keys["data.val"].type == "path, list of paths, mapping or null"
+    assert keys["data.val"].type == "path, mapping, list of paths or mappings or null"
     assert keys["data.captions"][1:3] == ("random, all", "random")
     assert keys["model.embed_dim"].default is None
     assert keys["loss.name"].type == "custom, sigmoid, softmax"

@@ -65,12 +65,12 @@ def test_a_wrong_override_of_a_fresh_command_gives_no_traceback(command, tmp_pat
     assert list(tmp_path.iterdir()) == []
 
 
-def test_composing_and_checking_import_no_torch(command, tmp_path) -> None:
+def test_composing_and_checking_import_neither_torch_nor_duckdb(command, tmp_path) -> None:
     script = tmp_path / "probe.py"
     script.write_text(
         "import sys\nfrom clip_exp.cli import run\n"
         "assert run('train', ['data.trian=1']) == 2 and run('train', ['global_batch_size=0']) == 2\n"
-        "assert run('train', ['--cfg', 'job']) == 0\nassert 'torch' not in sys.modules, 'torch was imported'\n"
+        "assert run('train', ['--cfg', 'job']) == 0\nassert not {'torch', 'duckdb'} & {*sys.modules}, 'torch or duckdb was imported'\n"
     )
     result = command(str(script), cwd=tmp_path, cold=True, PYTHONPATH=sys.path[0])
     assert result.returncode == 0, result.stderr
@@ -158,11 +158,14 @@ CROSS_FIELD = {
     "crop larger than the image": (["data.augmentation.scale=[0.5,2]"], "at most 1"),
     "flip more often than always": (["data.augmentation.horizontal_flip=2"], "must be at most 1"),
     "empty path among sources": (["data=csv", "data.train=[{path: a.csv},'']"], "data.train[1]= must not be empty"),
-    "folder as a table": (["data=csv", "data.train=/tmp"], "data.train: The table /tmp is a folder, not a file"),
+    "folder as a table": (
+        ["data=csv", "data.train=tests/config"],
+        "data.train: The folder tests/config has neither tables nor images",
+    ),
     "pattern that finds nothing": (["data=csv", "data.train=*.none"], "data.train: The table *.none matches no file"),
     "no blocks": (["data.shuffle_block=0"], "data.shuffle_block=0 must be greater than 0"),
     "no window": (["data.shuffle_window=0"], "data.shuffle_window=0 must be greater than 0"),
-    "format that nobody reads": (["data.image_formats=[JPG]"], "data.image_formats: "),
+    "format that nobody reads": (["data.image_formats=[JPGG]"], "data.image_formats: "),
     "no bytes": (["data.max_image_bytes=0"], "data.max_image_bytes=0 must be greater than 0"),
     "filter that is not a condition": (["data.filter='width >'"], "data.filter='width >' is not a valid condition"),
     "no time": (["strategy.timeout_s=0"], "strategy.timeout_s=0"),
@@ -190,6 +193,8 @@ URLS = [
     ("search", "index=s3://bucket/a.index", "index=/local/path"),
     ("export", "output=simplecache::s3://bucket/model", "output=/local/path"),
     ("check-data", "output_dir=s3://bucket", "output_dir=/local/path"),
+    ("embed", "output=s3://bucket/features", "output=/local/path"),
+    ("make-shards", "output=s3://bucket/shards", "output=/local/path"),
 ]
 
 
@@ -264,6 +269,21 @@ def test_every_default_is_written_out() -> None:
 )
 def test_values_outside_hydras_grammar_are_unchanged(value: str) -> None:
     assert compose_config("data=csv", f"data.train={value}").data.train == value
+
+
+@pytest.mark.parametrize(
+    "condition",
+    [
+        "width >= 256 AND split = 'train'",
+        "title LIKE '%dog%' OR width / height BETWEEN 0.5 AND 2",
+        "kind IN ('photo', 'it''s') AND \"aspect ratio\" <> 1",
+        "contains(title, 'a, b = {c} [d]')",
+        r"regexp_matches(title, '^\d+\s\$')",
+        "NOT ok",
+    ],
+)
+def test_a_filter_is_read_as_typed(condition: str) -> None:
+    assert compose_config("data=csv", f"data.filter={condition}").data.filter == condition
 
 
 @pytest.mark.parametrize(

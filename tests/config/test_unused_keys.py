@@ -27,6 +27,9 @@ TRAINING: dict[tuple[str, ...], dict[str, str]] = {
     (*CSV, "data.val={_target_: tests.datasets.Pairs}"): {
         "data.label_key=label": "with the Dataset data.val, whose items have the labels",
     },
+    (*CSV, "data.captions=all", "data.caption_key=[a,b]"): {
+        "data.caption_weights=[1,2]": "with data.captions=all, which uses every caption of an image",
+    },
     CUSTOM: {
         "data.shuffle_block=2": "with a full shuffle: set data.shuffle=block",
         "data.templates=['a {}']": "without labeled validation data",
@@ -73,6 +76,7 @@ TRAINING: dict[tuple[str, ...], dict[str, str]] = {
         "trainer.limit_val_batches=2": "without validation data: set data.val",
         "trainer.num_sanity_val_steps=2": "without validation data: set data.val",
         "data.label_key=label": "without validation data: set data.val",
+        "data.val_seed=1": "without data.val_fraction: set that",
         "data.templates=['a {}']": "without labeled validation data",
     },
     ("model=open_clip", "model.name=ViT-B-32", "scheduler=constant", "data.on_bad_image=error"): {
@@ -135,6 +139,23 @@ TASKS = {
     "weights of no baseline": ({"kind": "robustness", "root": "d", "baseline": None, "baseline_weights": "x.pth"}, "without task.t.baseline"),
 }  # fmt: skip
 
+# For other commands and typed keys: a part of the message about each of the last ones.
+COMMANDS = {
+    ("embed", "images=photos"): {
+        "caption_key=text": "without table: set that, or leave this out",
+        "columns=[uid]": "without table",
+        "similarity=true": "without table",
+        "image_root=images": "without table",
+        "datacomp_name=b32": "without format=datacomp",
+    },
+    ("make-shards", "data.train=pairs.csv"): {
+        "data.val=pairs.csv": "on shards, which are made of data.train: write it by a second command",
+        "data.shuffle=full": "on shards, which have the rows of the table in its order",
+        "data.num_workers=2": "on shards",
+    },
+    ("make-shards", "data=digits"): {},
+}
+
 
 def problems(*overrides: str) -> list[str]:
     try:
@@ -163,8 +184,20 @@ def test_a_key_of_a_task_without_effect_is_refused(values: dict, expected: str) 
     assert expected in problem
 
 
+@pytest.mark.parametrize("chosen", COMMANDS, ids=" ".join)
+def test_a_typed_key_of_another_command_without_effect_is_refused(chosen: tuple[str, ...]) -> None:
+    overrides = [*chosen[1:], *COMMANDS[chosen]]
+    reported = {
+        problem.partition(" ")[0]: problem
+        for problem in unused_keys(compose(chosen[0], overrides), typed_keys(overrides))
+    }
+    assert {key.partition("=")[0] for key in reported} == {typed.partition("=")[0] for typed in COMMANDS[chosen]}
+    for typed, part in COMMANDS[chosen].items():
+        assert part in next(text for key, text in reported.items() if key.partition("=")[0] == typed.partition("=")[0])
+
+
 def test_every_line_of_the_tables_is_tested_above() -> None:
-    tried = f"{TRAINING} {TASKS} model.dropout"
+    tried = f"{TRAINING} {TASKS} {COMMANDS} model.dropout"
     tables = [model.__dict__.get("unused", ()) for model in nested_models(*SCHEMAS.values())]
     missing = [
         unused.keys

@@ -12,7 +12,7 @@ from tests.conftest import DOOR, Run
 COMMANDS = ("predict", "rank", "search")
 
 
-@pytest.mark.parametrize("command", [*COMMANDS, "export", "convert", "models"])
+@pytest.mark.parametrize("command", [*COMMANDS, "embed", "export", "convert", "models"])
 def test_the_file_and_the_dataclass_have_the_same_defaults(command: str) -> None:
     assert compose(command, []) == SCHEMAS[command]()
 
@@ -33,6 +33,25 @@ def test_help_of_check_data_lists_its_keys_and_what_it_writes(command: Run, tmp_
     for key in ("max_images", "max_leakage", "decode", "global_batch_size", "format", "data", "model"):
         assert f"\n{key}:" in done.stdout
     assert "bad_samples.csv" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("use", "keys"),
+    [
+        (
+            "embed",
+            ("run", "images", "table", "caption_key", "output", "format", "dtype", "similarity", "rows_per_file"),
+        ),
+        ("make-shards", ("output", "format", "shard_size", "num_workers", "data")),
+    ],
+)
+def test_help_of_what_writes_folders_lists_its_keys(use: str, keys: list[str], command: Run, tmp_path: Path) -> None:
+    done = command(DOOR, use, "--help", cwd=tmp_path)
+    assert done.returncode == 0
+    assert done.stdout.startswith(f"clip-exp {use} ")
+    for key in keys:
+        assert f"\n{key}:" in done.stdout
+    assert "The same command continues after an interruption." in done.stdout
 
 
 def test_help_of_export_shows_how_to_load_each_format(command: Run, tmp_path: Path) -> None:

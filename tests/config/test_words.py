@@ -155,6 +155,8 @@ def test_a_word_of_another_framework_is_answered_with_what_to_type(refused, tmp_
         ("predict", "k=3", "type top_k=3."),
         ("rank", "top=3", "type top_k=3."),
         ("predict", "hydra.run.dir=x", "set output=x"),
+        ("embed", "data.train=a.csv", "type table=a.csv."),
+        ("make-shards", "table=a.csv", "type data.train=a.csv."),
     ],
 )
 def test_an_answer_has_only_keys_of_the_command(command: str, line: str, expected: str) -> None:

@@ -14,7 +14,21 @@ import numpy as np
 from PIL import Image
 
 from clip_exp.data import files
-from tests.data.encoded import ORIENTATION, SUFFIXES, Draw, any_format, bomb, chunk, encoded, image, png
+from tests.data.encoded import (
+    COMPRESSIONS,
+    ORIENTATION,
+    SUFFIXES,
+    Draw,
+    any_format,
+    bomb,
+    chunk,
+    encoded,
+    image,
+    png,
+    tiff,
+    tiff_end,
+    with_size,
+)
 
 Maker = Callable[[Path, Draw], str | None]
 
@@ -63,6 +77,13 @@ def cmyk(file: Path, draw: Draw) -> str | None:
     return "good"
 
 
+def tiff_of_any_kind(file: Path, draw: Draw) -> str | None:
+    mode = str(draw.choice(["1", "L", "LA", "P", "RGBA", "CMYK", "LAB", "F", "I"]))
+    compression = COMPRESSIONS[draw.integers(3)]
+    file.write_bytes(encoded(image(draw).convert(mode), "TIFF", compression=compression))
+    return "good"
+
+
 def palette_with_alpha(file: Path, draw: Draw) -> str | None:
     drawn = image(draw).quantize(16)
     file.write_bytes(encoded(drawn, "PNG", transparency=draw.bytes(16)))
@@ -71,7 +92,7 @@ def palette_with_alpha(file: Path, draw: Draw) -> str | None:
 
 def animated(file: Path, draw: Draw) -> str | None:
     frames = [image(draw).resize((20, 20)) for _ in range(4)]
-    kind = str(draw.choice(["GIF", "WEBP", "PNG"]))
+    kind = str(draw.choice(["GIF", "WEBP", "PNG", "TIFF", "AVIF", "HEIF"]))
     file.write_bytes(encoded(frames[0], kind, save_all=True, append_images=frames[1:]))
     return "good"
 
@@ -85,7 +106,8 @@ def turned(file: Path, draw: Draw) -> str | None:
     drawn = image(draw)
     exif = drawn.getexif()
     exif[ORIENTATION] = int(draw.integers(0, 12))
-    file.write_bytes(encoded(drawn, str(draw.choice(["JPEG", "PNG", "WEBP"])), exif=exif))
+    kind = str(draw.choice(["JPEG", "PNG", "WEBP", "TIFF", "AVIF", "HEIF"]))
+    file.write_bytes(encoded(drawn, kind, exif=exif))
     return "good"
 
 
@@ -178,7 +200,7 @@ def noise(file: Path, draw: Draw) -> str | None:
 
 
 def other_format(file: Path, draw: Draw) -> str | None:
-    file.write_bytes(encoded(image(draw), str(draw.choice(["TIFF", "ICO", "PPM", "PCX"]))))
+    file.write_bytes(encoded(image(draw), str(draw.choice(["SGI", "ICO", "PPM", "PCX"]))))
     return files.NOT_ALLOWED
 
 
@@ -256,6 +278,32 @@ def large_without_pixels(file: Path, draw: Draw) -> str | None:
     return files.TRUNCATED
 
 
+def huge_tiff(file: Path, draw: Draw) -> str | None:
+    width, height = draw.integers(6_400, 10_000, 2).tolist()
+    file.write_bytes(tiff([(273, 4, 1, 8), (279, 4, 1, 100)], width=width, height=height))
+    return files.TOO_MANY_PIXELS
+
+
+def huge_tags(file: Path, draw: Draw) -> str | None:
+    values = int(draw.integers(300_000, 500_000))
+    strips = [(273, 4, values, tiff_end(2)), (279, 4, values, tiff_end(2))]
+    file.write_bytes(tiff(strips, bytes(4 * values)))
+    return files.DAMAGED
+
+
+def one_strip_many_times(file: Path, draw: Draw) -> str | None:
+    count = 10_000
+    strips = [(273, 4, count, tiff_end(3)), (278, 4, 1, 50), (279, 4, count, tiff_end(3))]
+    file.write_bytes(tiff(strips, struct.pack("<L", 8) * count))
+    return files.DAMAGED
+
+
+def other_size_in_the_container(file: Path, draw: Draw) -> str | None:
+    kind = str(draw.choice(["AVIF", "HEIF"]))
+    file.write_bytes(with_size(encoded(image(draw), kind), *draw.integers(1, 6_000, 2).tolist()))
+    return None  # an AVIF is stretched to the stated size
+
+
 def text_bomb(file: Path, draw: Draw) -> str | None:
     text = chunk(b"zTXt", b"comment\0\0" + bomb())
     file.write_bytes(png(2, 1, zlib.compress(bytes(7)), extra=text))
@@ -276,8 +324,9 @@ def scans_without_end(file: Path, draw: Draw) -> str | None:
 
 
 MAKERS: tuple[Maker, ...] = (
-    plain, odd_mode, cmyk, palette_with_alpha, animated, two_in_one, turned, garbage_in_exif, garbage_behind, tiny_or_long,
+    plain, odd_mode, tiff_of_any_kind, cmyk, palette_with_alpha, animated, two_in_one, turned, garbage_in_exif, garbage_behind, tiny_or_long,
     link_inside, missing, dangling_link, link_outside, link_to_itself, device, pipe, folder, empty, too_large, html, zeros,
     noise, other_format, cut, cut_anywhere, filled_with_zeros, hole, flipped_bits, flipped_header, checksum_wrong, huge_png,
     huge_jpeg, large_without_pixels, text_bomb, profile_bomb, scans_without_end,
+    huge_tiff, huge_tags, one_strip_many_times, other_size_in_the_container,
 )  # fmt: skip

@@ -85,9 +85,9 @@ def test_what_decides_the_stream_counts_too(pairs, build: Build):
     reported = refusal(build, state, pairs, captions=Captions.all, max_rows=20)
     assert "data.captions is all instead of random" in reported
     assert "data.max_rows is 20 instead of None" in reported
-    reported = refusal(build, state, pairs, shuffle=Shuffle.block, filter="'image' in title")
+    reported = refusal(build, state, pairs, shuffle=Shuffle.block, filter="title LIKE '%image%'")
     assert "shuffle is 256 blocks of 64 rows instead of full" in reported
-    assert "filter is 'image' in title instead of None" in reported
+    assert "filter is title LIKE '%image%' instead of None" in reported
 
 
 def test_an_image_root_that_makes_equal_paths_one_image_counts_too(pairs, build: Build):

@@ -17,6 +17,7 @@ from tests.processes import start_apart
 
 WIDTH, HEIGHT = 8000, 5000
 LIMIT_MB = 500
+LIMITS = ImageLimits(max_bytes=1 << 28)  # an uncompressed TIFF
 
 
 def gradient(mode: str) -> Image.Image:
@@ -52,6 +53,9 @@ LARGEST: dict[str, Callable[[], bytes]] = {
     "WebP": lambda: encoded(gradient("RGB"), "WEBP", method=0, quality=10, exif=turned()),
     "WebP with alpha": lambda: encoded(gradient("RGBA"), "WEBP", method=0, quality=10),
     "GIF": lambda: encoded(gradient("RGB").quantize(16), "GIF"),
+    "TIFF on its side": lambda: encoded(gradient("RGB"), "TIFF", exif=turned()),
+    "compressed CMYK TIFF": lambda: encoded(gradient("CMYK"), "TIFF", compression="tiff_lzw", exif=turned()),
+    "AVIF": lambda: encoded(gradient("RGBA"), "AVIF", quality=20, speed=10, exif=turned()),
 }  # fmt: skip
 
 
@@ -68,11 +72,11 @@ def write(kind: str, path: Path) -> None:
 def peak_mb(read: Callable[..., object], file: Path) -> int:
     """Return the additional memory for decoding, in MB."""
     data = bytearray(file.read_bytes())
-    for kind in ("JPEG", "WEBP"):
+    for kind in ("JPEG", "WEBP", "TIFF", "AVIF"):
         read(bytearray(encoded(Image.new("RGB", (8, 8)), kind)), ImageLimits())  # the decoders' libraries
     Path("/proc/self/clear_refs").write_text("5")
     before_mb = status_mb("VmRSS")
-    read(data, ImageLimits())
+    read(data, LIMITS)
     return status_mb("VmHWM") - before_mb
 
 

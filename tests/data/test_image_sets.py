@@ -5,12 +5,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from clip_exp.data.files import BadImage
+from clip_exp.data.files import BadImage, ImageLimits
 from clip_exp.data.image_sets import ImageFiles, TableImages
 from clip_exp.data.tables.open import read_table
 from tests.data.tables.shard_files import jpeg, write_shard
 
-LIMIT = 1_000_000
+LIMIT = ImageLimits(1_000_000)
 
 
 @pytest.fixture
@@ -31,7 +31,7 @@ def test_images_of_a_shard_are_those_of_its_files(tmp_path, shard):
     (tmp_path / "2.jpg").write_bytes(jpeg(2))
     assert same(images.open(0, LIMIT), ImageFiles([tmp_path / "2.jpg"]).open(0, LIMIT))
     with pytest.raises(BadImage, match="too many pixels"):
-        images.open(0, 100)
+        images.open(0, ImageLimits(100))
 
 
 def test_images_of_a_table_may_lie_anywhere_where_that_is_allowed_and_are_known_as_before(pairs, tmp_path):

@@ -9,7 +9,7 @@ from torchvision import transforms
 from torchvision.transforms.v2 import InterpolationMode, RandomResizedCrop
 
 from clip_exp.config.data import AugmentationConfig
-from clip_exp.data.files import BadImage
+from clip_exp.data.files import BadImage, ImageLimits
 from clip_exp.data.images import crop_box, eval_transform, normalize, open_image, pil_to_tensor, train_transform
 from clip_exp.data.randomness import Draws
 from tests.data.conftest import load, noise
@@ -41,7 +41,7 @@ def test_evaluation_is_bit_equal_to_open_clip(name, size):
 def test_evaluation_of_real_photographs_is_bit_equal_to_open_clip(real_data):
     reference = open_clip.image_transform(224, is_train=False)
     for file in sorted((real_data / "imagenet_val_sample").glob("*/*"))[:15]:
-        image = eval_transform(open_image(file, 40_000_000), 224)
+        image = eval_transform(open_image(file, ImageLimits()), 224)
         assert torch.equal(normalize(image[None], MEAN, STD)[0], reference(load(file))), file
 
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch.utils.data import Dataset
 
+from clip_exp.data.files import ImageLimits
 from clip_exp.data.image_sets import ImageFiles
 from clip_exp.data.images import eval_transform, preprocessing_of
 from clip_exp.data.loader import (
@@ -224,7 +225,9 @@ def test_validation_images_come_with_all_their_captions(pairs):
 
 def test_images_are_read_without_captions_and_bad_ones_are_passed_on_with_their_reason(pairs):
     dataset = EvalImages(
-        ImageFiles([pairs.parent / "00.png", pairs.parent / "missing.png"]), partial(eval_transform, size=16)
+        ImageFiles([pairs.parent / "00.png", pairs.parent / "missing.png"]),
+        partial(eval_transform, size=16),
+        ImageLimits(),
     )
     good, bad = dataset[0], dataset[1]
     assert good.image is not None

@@ -1,5 +1,6 @@
 """Problems with the data of a run are reported before its folder is created."""
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -8,10 +9,12 @@ import pytest
 from clip_exp.config.base import parse, plain
 from clip_exp.config.data import DataConfig, OnBadRow
 from clip_exp.config.training import TrainConfig
+from clip_exp.data.files import reads_heif
 from clip_exp.errors import ClipExpError, ConfigError, DataError
 from clip_exp.training.preflight import check_train
 from tests.compose import train_config
 from tests.data.conftest import noise, write_table
+from tests.data.encoded import encoded
 
 
 def config_of(folder: Path, train: Any, **values: Any) -> TrainConfig:
@@ -61,10 +64,8 @@ def test_what_is_wrong_with_each_source_is_reported(tmp_path, table):
     assert "did you mean 'data.train[0].weight'" in refusal(tmp_path, [{"path": str(table), "weigth": 1}])
 
 
-def test_validation_is_one_table(tmp_path, table):
-    assert "must be a path, or a list of paths" in refusal(
-        tmp_path, str(table), val=[{"path": str(table), "weight": 1}]
-    )
+def test_validation_has_no_weights_and_its_tables_must_exist(tmp_path, table):
+    assert "data.val.weight has no effect" in refusal(tmp_path, str(table), val=[{"path": str(table), "weight": 1}])
     assert "data.val: The table none.csv does not exist" in refusal(tmp_path, str(table), val="none.csv")
 
 
@@ -88,7 +89,7 @@ def test_more_bad_rows_than_may_be_bad_end_the_start_as_they_end_a_check(tmp_pat
     assert "data.max_bad_fraction=0.1" in reported
     check_train(config_of(tmp_path, str(table), on_bad_row=OnBadRow.skip, max_bad_fraction=0.17))
     check_train(
-        config_of(tmp_path, str(table), on_bad_row=OnBadRow.skip, max_bad_fraction=0.17, filter="title == 'an image'")
+        config_of(tmp_path, str(table), on_bad_row=OnBadRow.skip, max_bad_fraction=0.17, filter="title = 'an image'")
     )
 
 
@@ -104,7 +105,7 @@ def test_more_empty_captions_than_may_be_end_the_start(tmp_path, table, which):
     assert "data.max_empty_caption_fraction=0.1" in reported
     assert reported.endswith("or allow them with data.max_empty_caption_fraction=1.")
     check_train(config_of(tmp_path, train, val=val, max_empty_caption_fraction=0.5))
-    check_train(config_of(tmp_path, train, val=val, filter="title == 'an image' or title == 'a caption'"))
+    check_train(config_of(tmp_path, train, val=val, filter="title IN ('an image', 'a caption')"))
 
 
 def test_an_image_with_two_labels_ends_the_start(tmp_path, table):
@@ -125,13 +126,9 @@ def test_the_way_out_fits_the_fault_of_the_images(tmp_path, table):
     assert "image_root" not in reported
 
 
-@pytest.mark.parametrize(
-    ("path", "remedy"),
-    [("https://somewhere/a.jpg", r"not from URLs: download them first"), ("img\\a.jpg", "not backslashes")],
-)
-def test_paths_of_another_kind_are_reported(tmp_path, table, path, remedy):
-    write_table(table, [["filepath", "title"], *[[path, "an image"]] * 4])
-    assert remedy in refusal(tmp_path, str(table), DataError)
+def test_urls_are_reported_with_what_downloads_them(tmp_path, table):
+    write_table(table, [["filepath", "title"], *[["https://somewhere/a.jpg", "an image"]] * 4])
+    assert "not from URLs: download them first" in refusal(tmp_path, str(table), DataError)
 
 
 def test_the_validation_table_is_looked_at_too(tmp_path, table):
@@ -177,3 +174,26 @@ def test_the_rows_of_all_sources_count(tmp_path, table):
     config.global_batch_size = 9
     with pytest.raises(ConfigError, match="global_batch_size=9 is more than the 8 training rows"):
         check_train(config)
+
+
+def test_images_that_nothing_decodes_are_one_message_at_the_start(tmp_path, monkeypatch):
+    """As in a folder of an iPhone's photos."""
+    names = [f"IMG_{i}.HEIC" for i in range(4)]
+    for i, name in enumerate(names):
+        (tmp_path / name).write_bytes(encoded(noise(i), "HEIF"))
+    heic = write_table(tmp_path / "pairs.csv", [["filepath", "title"], *([name, "an image"] for name in names)])
+    check_train(config_of(tmp_path, str(heic)))
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    reads_heif.cache_clear()
+    try:
+        found = refusal(tmp_path, str(heic), DataError)
+    finally:
+        reads_heif.cache_clear()
+    assert found == (
+        f"data.train: none of 4 images sampled from {heic} can be read; the first is {tmp_path}/IMG_0.HEIC "
+        f"({heic}, line 2): no decoder: HEIC needs "
+        "pillow-heif: pip install pillow-heif."
+    )
+    assert "HEIF is not in data.image_formats" in refusal(
+        tmp_path, str(heic), DataError, image_formats=["JPEG", "TIFF"]
+    )

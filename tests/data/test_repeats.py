@@ -113,19 +113,19 @@ def test_validation_on_training_rows_is_reported(tmp_path: Path) -> None:
 
 def test_a_part_of_the_validation_rows_is_reported_as_such(tmp_path: Path) -> None:
     pairs, other = table(tmp_path), table(tmp_path / "other")
-    of_train = {"path": pairs, "filter": "part == 'train'"}
+    of_train = {"path": pairs, "filter": "part = 'train'"}
     (message,) = problems(opened(tmp_path, of_train, val=pairs))
     assert ": 75 % of the validation rows" in message
     (message,) = problems(opened(tmp_path, pairs, val=[pairs, other]))
     assert ": 50 % of the validation rows" in message
-    both = opened(tmp_path, [of_train, {"path": pairs, "filter": "part == 'val'"}], val=pairs)
+    both = opened(tmp_path, [of_train, {"path": pairs, "filter": "part = 'val'"}], val=pairs)
     (message,) = problems(both, "loss.same_caption=positive")  # of a small source, a batch may have a row twice
     assert ": 100 % of the validation rows" in message
 
 
 def test_other_rows_of_the_same_table_and_tables_of_other_images_are_not_reported(tmp_path: Path) -> None:
     pairs, other = table(tmp_path), table(tmp_path / "other")
-    separated = opened(tmp_path, {"path": pairs, "filter": "part == 'train'"}, val=pairs, filter="part == 'val'")
+    separated = opened(tmp_path, {"path": pairs, "filter": "part = 'train'"}, val=pairs, filter="part = 'val'")
     assert problems(separated) == []
     assert problems(opened(tmp_path, pairs, val=other)) == [], "equal tables, but their paths name other images"
     assert problems(opened(tmp_path, pairs)) == []

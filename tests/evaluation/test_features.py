@@ -21,6 +21,7 @@ from PIL import Image
 from clip_exp.config.evaluation import EvalOnBadImage
 from clip_exp.config.model import ModelConfig
 from clip_exp.config.names import named_model
+from clip_exp.data.files import ImageLimits
 from clip_exp.data.image_sets import ImageFiles
 from clip_exp.data.images import preprocessing_of
 from clip_exp.errors import DataError
@@ -52,9 +53,9 @@ class Opened(ImageFiles):
         super().__init__(paths)
         self.opened: list[int] = []
 
-    def open(self, index: int, max_pixels: int) -> Image.Image:
+    def open(self, index: int, limits: ImageLimits) -> Image.Image:
         self.opened.append(index)
-        return super().open(index, max_pixels)
+        return super().open(index, limits)
 
 
 def encoder(weights: str = "a", model: CLIP | None = None) -> ImageEncoder:
@@ -88,7 +89,7 @@ def test_without_an_identity_nothing_is_cached(paths: list[str], cache: Cache, n
     assert not cache.folder.exists()
 
 
-@pytest.mark.parametrize("change", ["content", "time", "order", "weights", "precision", "max_image_pixels"])
+@pytest.mark.parametrize("change", ["content", "time", "order", "weights", "precision", "limits", "formats"])
 def test_what_the_features_depend_on_is_computed_again(paths: list[str], cache: Cache, nano: CLIP, change: str) -> None:
     encode_images(encoder(model=nano), Opened(paths), OPTIONS, cache)
     weights, options, given = "a", OPTIONS, paths
@@ -102,8 +103,10 @@ def test_what_the_features_depend_on_is_computed_again(paths: list[str], cache: 
         weights = "b"
     elif change == "precision":
         options = replace(OPTIONS, precision="bf16-mixed")
+    elif change == "limits":
+        options = replace(OPTIONS, limits=replace(OPTIONS.limits, max_pixels=10**6))
     else:
-        options = replace(OPTIONS, max_image_pixels=10**6)
+        options = replace(OPTIONS, limits=replace(OPTIONS.limits, formats=("PNG",)))
     images = Opened(given)
     encode_images(encoder(weights, nano), images, options, cache)
     assert sorted(images.opened) == list(range(71))
@@ -226,10 +229,10 @@ def test_features_are_the_same_bits_on_1_2_and_3_ranks(tmp_path: Path) -> None:
 class Deadly(ImageFiles):
     """Images that kill the worker that opens the last of them."""
 
-    def open(self, index: int, max_pixels: int) -> Image.Image:
+    def open(self, index: int, limits: ImageLimits) -> Image.Image:
         if index == len(self) - 1 and multiprocessing.parent_process() is not None:
             os.kill(os.getpid(), signal.SIGKILL)
-        return super().open(index, max_pixels)
+        return super().open(index, limits)
 
 
 # torch may tell a second time, while the loader is taken down.

@@ -148,7 +148,7 @@ def test_problems_are_reported_before_torch_is_imported(tmp_path: Path):
     code = (
         "import sys\nfrom clip_exp.cli import run\n"
         "assert run('predict', ['images=absent']) == 2\nassert run('rank', ['images=absent']) == 2\n"
-        "assert run('search', ['index=a/b']) == 2\nassert 'torch' not in sys.modules, 'torch was imported'\n"
+        "assert run('search', ['index=a/b']) == 2\nassert run('embed', ['images=absent', 'output=o']) == 2\nassert 'torch' not in sys.modules, 'torch was imported'\n"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr

@@ -14,12 +14,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from clip_exp.data.files import ImageLimits
 from clip_exp.data.image_sets import ImageFiles
 from clip_exp.reports import html
 from clip_exp.reports.html import SIDE, Thumbnails, command_line
 from tests.conftest import REPOSITORY
 from tests.runs import TINY, Train, run_folders
 from tests.small_runs import write_image
+
+LIMITS = ImageLimits()
 
 INSTALLED = str(Path(sys.executable).parent)
 
@@ -82,7 +85,7 @@ def test_a_thumbnail_has_the_pixels_but_no_metadata_and_no_rotation(tmp_path: Pa
     exif[0x0112] = 6  # orientation: rotated
     exif[0x010E] = "at home"
     image.save(tmp_path / "a.jpg", exif=exif, comment=b"secret", icc_profile=b"profile")
-    thumbnail = Thumbnails(ImageFiles([tmp_path / "a.jpg"]))[0]
+    thumbnail = Thumbnails(ImageFiles([tmp_path / "a.jpg"]), LIMITS)[0]
     small = opened(thumbnail.uri)
     assert small.size == (thumbnail.width, thumbnail.height) == (SIDE, SIDE // 4)
     assert not small.getexif()
@@ -91,7 +94,7 @@ def test_a_thumbnail_has_the_pixels_but_no_metadata_and_no_rotation(tmp_path: Pa
 
 
 def test_small_images_are_not_enlarged(tmp_path: Path):
-    thumbnail = Thumbnails(ImageFiles([write_image(tmp_path / "a.png", 0, (28, 20))]))[0]
+    thumbnail = Thumbnails(ImageFiles([write_image(tmp_path / "a.png", 0, (28, 20))]), LIMITS)[0]
     assert opened(thumbnail.uri).size == (28, 20)
     assert thumbnail.small
 
@@ -100,13 +103,13 @@ def test_small_images_are_not_enlarged(tmp_path: Path):
 def test_every_mode_becomes_a_thumbnail(tmp_path: Path, mode: str):
     path = tmp_path / ("a.jpg" if mode == "CMYK" else "a.png")
     Image.new(mode, (30, 20)).save(path)
-    assert opened(Thumbnails(ImageFiles([path]))[0].uri).mode == "RGB"
+    assert opened(Thumbnails(ImageFiles([path]), LIMITS)[0].uri).mode == "RGB"
 
 
 def test_a_missing_image_says_why(tmp_path: Path):
     path = tmp_path / "gone.png"
     (tmp_path / "broken.png").write_bytes(b"no image")
-    gone, broken = (Thumbnails(ImageFiles([path, tmp_path / "broken.png"]))[number] for number in (0, 1))
+    gone, broken = (Thumbnails(ImageFiles([path, tmp_path / "broken.png"]), LIMITS)[number] for number in (0, 1))
     assert (gone.uri, gone.reason, gone.name) == (None, "no such file", "gone.png")
     assert broken.uri is None
     assert "not an image" in broken.reason

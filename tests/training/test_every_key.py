@@ -50,6 +50,8 @@ SHAPES = (
     "data=shapes", "data.train=null", "data.val=null", "data.label_key=null", "data.generate.rows=24", "data.generate.val_rows=8",
 )  # fmt: skip
 SOURCE = ("data.train={path: <train>}",)
+VAL = ("data.val={path: <val>}",)
+TWO = "caption_key: [title, other_title]"
 BLOCKS = ("data.shuffle=block", "data.shuffle_block=2", "data.shuffle_window=2")
 START = ("pretrained=<start>",)
 LORA = (*START, "finetune=lora", "finetune.lora.image=false")  # a resnet has no linear layers in its blocks
@@ -94,8 +96,17 @@ CHANGES: dict[str, Changes] = {
     "data.train.image_root": Changes("<other_root>", given=SOURCE),
     "data.train.image_key": Changes("other_path", given=SOURCE),
     "data.train.caption_key": Changes("other_title", given=SOURCE),
+    "data.train.caption_weights": Changes("[9,1]", given=(f"data.train={{path: <train>, {TWO}}}",)),
     "data.train.filter": Changes("'score > 1'", given=SOURCE),
     "data.val": Changes("<other>"),
+    "data.val.weight": Changes("2", given=VAL, refused=BOTH),
+    "data.val.image_root": Changes("<other_root>", given=VAL),
+    "data.val.image_key": Changes("other_path", given=VAL),
+    "data.val.caption_key": Changes("other_title", given=VAL),
+    "data.val.caption_weights": Changes("[9,1]", given=VAL, refused=BOTH),
+    "data.val.filter": Changes("'score > 1'", given=VAL),
+    "data.val_fraction": Changes("0.2", also=("data.val=null",)),
+    "data.val_seed": Changes("1", given=("data.val=null", "data.val_fraction=0.2")),
     "data._target_": Changes("tests.datasets.Pairs", also=("data.train=null",)),
     "data.generate.kind": Changes("digits", given=SHAPES),
     "data.generate.rows": Changes("16", given=SHAPES),
@@ -106,6 +117,8 @@ CHANGES: dict[str, Changes] = {
     "data.image_root": Changes("<other_root>"),
     "data.image_key": Changes("other_path"),
     "data.caption_key": Changes("other_title"),
+    "data.caption_weights": Changes("[9,1]", given=("data.caption_key=[title,other_title]",)),
+    "data.header": Changes("[a,b]", refused=BOTH),
     "data.label_key": Changes("other_label"),
     "data.templates": Changes(f"['{'word ' * 80}{{}}']"),  # all classes are the same text, cut
     "data.separator": Changes("'|'", refused=BOTH),  # which the table does not have
@@ -193,6 +206,20 @@ NOT_THE_RESULT = {
     "model.name": "a label, and the run's name unless that is set",
     "model.open_clip_name": "the name under which `pretrained` knows tags",
     "model.text.trim": "saves time: the features are the same (tests/text, tests/models/test_text.py)",
+    "data.train.caption_list": "of captions that are lists (tests/data/tables/test_layouts.py)",
+    "data.train.caption_lines": "of captions of several lines (tests/data/tables/test_layouts.py)",
+    "data.train.format": "of another layout (tests/data/tables/test_layouts.py)",
+    "data.train.header": "of a table without a header (tests/data/tables/test_layouts.py)",
+    "data.val.path": "what `data.val` is where it has no other keys",
+    "data.val.caption_list": "of captions that are lists (tests/data/tables/test_layouts.py)",
+    "data.val.caption_lines": "of captions of several lines (tests/data/tables/test_layouts.py)",
+    "data.val.format": "of another layout (tests/data/tables/test_layouts.py)",
+    "data.val.header": "of a table without a header (tests/data/tables/test_layouts.py)",
+    "data.val.separator": "as `data.train.separator`",
+    "data.val.encoding": "as `data.train.encoding`",
+    "data.caption_list": "of captions that are lists (tests/data/tables/test_layouts.py)",
+    "data.caption_lines": "of captions of several lines (tests/data/tables/test_layouts.py)",
+    "data.format": "of another layout (tests/data/tables/test_layouts.py)",
     "data.train.path": "what `data.train` is where it has no other keys",
     "data.train.weight": "of several sources, which no key of one reaches (tests/data/test_stream_sources.py)",
     "data.train.separator": "of another file than `data.separator` is of (tests/data/test_stream_sources.py)",

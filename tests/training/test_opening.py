@@ -15,7 +15,7 @@ from clip_exp.errors import ClipExpError, ConfigError
 from clip_exp.runs import RunRecord
 from clip_exp.storage import file_sha256
 from clip_exp.training.launch import Training
-from clip_exp.training.opening import Opening, _hash, identity, open_run
+from clip_exp.training.opening import Opening, _hash, identity, open_run, without_paths
 from tests.checkpoints.test_folders import write
 from tests.compose import train_config
 from tests.data.conftest import noise, write_table
@@ -180,6 +180,16 @@ def test_a_run_of_an_older_version_is_recognized_by_its_configuration_alone(proj
     assert opened(config).complete
     other = config.model_copy(update={"data": config.data.model_copy(update={"train": "val.csv"})})
     assert opened(other).folder != folder, "whose path was part of it"
+
+
+def test_a_run_whose_default_was_another_one_is_that_of_an_older_version(project: Path, config: TrainConfig) -> None:
+    folder = earlier(config, finished=True)
+    formats = ["JPEG", "PNG", "WEBP", "GIF", "BMP"]
+    older = without_paths({**identity(config), "data.image_formats": formats})
+    RunRecord(folder).update(fingerprint=_hash(older))
+    assert opened(config).folder == folder
+    only_these = config.model_copy(update={"data": config.data.model_copy(update={"image_formats": ["JPEG", "PNG"]})})
+    assert opened(only_these).folder != folder
 
 
 def test_a_run_without_further_columns_is_that_of_an_older_version_and_one_with_them_another(

@@ -73,10 +73,13 @@ def test_empty_captions_and_values_that_no_filter_compares_are_reported(tmp_path
     assert summary["filter_values"] == {"training": {"width": width}}
     facts = data_facts(summary)
     assert facts["empty captions"].replace("\u202f", " ") == "2 of training (50.0 %); 2 of validation (50.0 %)"
-    assert facts["filter"] == "width of training: 2 not numbers, such as '1,024', 1 missing; these values match nothing"
+    assert (
+        facts["filter"]
+        == "width of training: 2 not numbers, such as '1,024', 1 missing; these values are null in the filter"
+    )
     assert f"{train}: 2 of 4 captions are empty or blank." in caplog.text
     assert (
-        f"{train}: data.filter does not match these values: width (2 not numbers, such as '1,024' in line 3, 1 missing)."
+        f"{train}: data.filter reads these values as null: width (2 not numbers, such as '1,024' in line 3, 1 missing)."
         in caplog.text
     )
 

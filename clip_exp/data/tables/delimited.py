@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from pyarrow import csv as arrow_csv
 
 from clip_exp.config.data import OnBadRow
@@ -31,12 +32,14 @@ from clip_exp.data.tables.reader import (
     BadValue,
     RowBlock,
     TableOptions,
+    conventional,
     key_of,
     max_length,
     no_column,
     text_of,
     unreadable,
 )
+from clip_exp.data.tables.samples import IMAGES
 from clip_exp.errors import ConfigError, DataError
 
 _SAMPLE_LINES = 50
@@ -51,7 +54,9 @@ MAX_FIELD = (
 # Layouts: the separator, whether there is a header, and the positions of the columns.
 
 SEPARATORS = {"\t": "TAB", ",": "comma", ";": "semicolon", "|": "bar"}
-_IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
+_IMAGE_SUFFIXES = tuple(f".{extension}" for extension in IMAGES)
+_NUMBERED = re.compile(r"\.\w+#\d+$")  # end of an image name in the token files of Flickr8k and Flickr30k
+_LONG, _BASE64 = 200, re.compile(r"[A-Za-z0-9+/_=-]+")
 
 
 @dataclass(frozen=True)
@@ -64,6 +69,7 @@ class Layout:
     indices: dict[str, int]  # maps the setting (`TableOptions.requested`) to the index of its field
     names: dict[str, str]  # maps the setting to the name of its column
     extra: dict[str, int] = field(default_factory=dict)  # maps a column of the filter to the index of its field
+    numbered: bool = False  # True if image names end in the number of the caption: `1.jpg#0`
 
     @property
     def requested(self) -> list[int]:
@@ -88,7 +94,7 @@ def find_layout(path: Path, first_lines: Sequence[str], options: TableOptions, s
     """Detect the layout of a table from its first lines.
 
     A header is recognized by the requested names. A table without a header is recognized by two columns, one of which
-    has image names.
+    has image names. `data.header` names the columns of other tables without a header.
 
     Args:
         path: path of the table, for messages.
@@ -100,20 +106,29 @@ def find_layout(path: Path, first_lines: Sequence[str], options: TableOptions, s
         and the key to set.
     """
     samples = {candidate: _records(first_lines, candidate) for candidate in ([separator] if separator else SEPARATORS)}
-    requested, filtered = options.requested, sorted(options.filtered)
-    found = {candidate: len(set(requested.values()) & set(_names(records))) for candidate, records in samples.items()}
+    found = {
+        candidate: len(set(conventional(options.requested, _names(records)).values()) & set(_names(records)))
+        for candidate, records in samples.items()
+    }
 
     def regularity(records: list[list[str]]) -> float:
         """Return the fraction of the records with the most common number of fields; 0 if that number is one."""
         width, count = Counter(map(len, records)).most_common(1)[0]
         return count / len(records) if width > 1 else 0.0
 
+    if options.header is False or isinstance(options.header, tuple):
+        return _of_names(path, samples, options)
     best = max(samples, key=lambda candidate: (found[candidate], regularity(samples[candidate])))
-    if found[best] == 0:
+    if found[best] == 0 and options.header is None:
         for candidate, records in samples.items():
             if layout := _without_header(candidate, records, options):
                 return layout
-    names = _names(samples[best])
+        _refuse_data(path, samples[best], best, options)
+    return _layout(path, _names(samples[best]), best, options)
+
+
+def _layout(path: Path, names: list[str], best: str, options: TableOptions, header: bool = True) -> Layout:
+    requested, filtered = conventional(options.requested, names), sorted(options.filtered)
     for setting, name in [*requested.items(), *(("filter", name) for name in filtered)]:
         if names.count(name) > 1:
             repair = f"rename one, or set data.{key_of(setting)}" if setting in requested else "rename one"
@@ -122,7 +137,29 @@ def find_layout(path: Path, first_lines: Sequence[str], options: TableOptions, s
             raise DataError(f"{path} {_missing(name, setting, names, best)}")
     indices = {setting: names.index(name) for setting, name in requested.items()}
     extra = {name: names.index(name) for name in filtered}
-    return Layout(best, True, len(names), indices, requested, extra)
+    return Layout(best, header, len(names), indices, requested, extra)
+
+
+def _of_names(path: Path, samples: dict[str, list[list[str]]], options: TableOptions) -> Layout:
+    """Return the layout of a table without a header whose columns are named, or numbered from 0."""
+
+    def regular(separator: str) -> float:
+        width = len(options.header) if isinstance(options.header, tuple) else 2
+        widths = [len(record) for record in samples[separator]]
+        return sum(found == width if isinstance(options.header, tuple) else found >= width for found in widths)
+
+    best = max(samples, key=regular)
+    width = Counter(map(len, samples[best])).most_common(1)[0][0]
+    if options.header is False:
+        names = [str(number) for number in range(width)]
+    else:
+        assert isinstance(options.header, tuple)
+        names = list(options.header)
+        if len(names) != width:
+            raise DataError(
+                f"{path} has {width} columns, separated by {describe(best)}, but data.header=[{','.join(names)}] names {len(names)}: name each of them in order."
+            )
+    return _layout(path, names, best, options, header=False)
 
 
 def _records(lines: Sequence[str], separator: str) -> list[list[str]]:
@@ -140,12 +177,45 @@ def _without_header(separator: str, records: list[list[str]], options: TableOpti
     if set(options.requested) != {"image_key", "caption_key"} or options.filtered or len(records[0]) != 2:
         return None
     pairs = [record for record in records if len(record) == 2]
-    counts = [sum(record[i].strip().lower().endswith(_IMAGE_SUFFIXES) for record in pairs) for i in (0, 1)]
+    if pairs and all(_NUMBERED.search(record[0]) for record in pairs):
+        return Layout(separator, False, 2, {"image_key": 0, "caption_key": 1}, options.requested, numbered=True)
+    counts = [sum(_is_image(record[i]) for record in pairs) for i in (0, 1)]
     image = 0 if counts[0] >= counts[1] else 1
     enough = counts[image] >= 0.9 * len(pairs) and counts[1 - image] < 0.5 * len(pairs)
-    if not enough or not records[0][image].strip().lower().endswith(_IMAGE_SUFFIXES):
+    if not enough or not _is_image(records[0][image]):
         return None
     return Layout(separator, False, 2, {"image_key": image, "caption_key": 1 - image}, options.requested)
+
+
+def _is_image(field: str) -> bool:
+    return field.strip().lower().endswith(_IMAGE_SUFFIXES)
+
+
+def _refuse_data(path: Path, records: list[list[str]], separator: str, options: TableOptions) -> None:
+    """Raise an error for a table whose first record has values instead of the names of columns.
+
+    Raises: DataError that says what to do. It has no value, because values are no names of columns.
+    """
+    first = records[0]
+    encoded = next((i for i, field in enumerate(first) if len(field) > _LONG and _BASE64.fullmatch(field)), None)
+    if encoded is not None:
+        raise DataError(
+            f"{path} has images as base64 text in column {encoded + 1}, as the image tables of Chinese-CLIP (`…_imgs.tsv`): set "
+            "data.format=chinese_clip, with the captions in `…_texts.jsonl` next to it."
+        )
+    images = [i for i, field in enumerate(first) if _is_image(field)]
+    if len(first) < 2 or not images:
+        return
+    names = [f"column{number}" for number in range(len(first))]
+    names[images[0]] = options.image_key
+    others = [i for i in range(len(first)) if i not in images]
+    caption = options.requested.get("caption_key", "title")
+    if others:
+        names[max(others, key=lambda i: sum(len(record[i]) for record in records if len(record) > i))] = caption
+    raise DataError(
+        f"{path} has no header row: its first line has values in {len(first)} columns, separated by {describe(separator)}. Name them in "
+        f"order: data.header=[{','.join(names)}]."
+    )
 
 
 def _missing(name: str, setting: str, names: list[str], separator: str) -> str:
@@ -220,8 +290,10 @@ class DelimitedReader:
 
 def _row_block(layout: Layout, fields: dict[int, pa.LargeStringArray], lines: np.ndarray) -> RowBlock:
     columns = {setting: fields[index] for setting, index in layout.indices.items()}
+    if layout.numbered:
+        columns["image_key"] = pc.replace_substring_regex(columns["image_key"], r"#\d+$", "")
     extra = {name: fields[index] for name, index in layout.extra.items()}
-    return RowBlock(columns, lines, None, extra or None)
+    return RowBlock(columns, {"lines": lines}, extra or None)
 
 
 # Fast path: blocks without a fault.

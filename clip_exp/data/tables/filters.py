@@ -1,97 +1,76 @@
-"""Row filters: `data.filter="width >= 256 and similarity > 0.28 and 'dog' in title"`.
+"""Row filters: `data.filter="width >= 256 AND similarity > 0.28 AND title LIKE '%dog%'"`, one SQL expression.
 
-The syntax is a subset of Python: comparisons, `and`, `or`, `not`, `in`, `len(column)`, numbers, strings, True, False
-and column names. A column name that is not a Python identifier is written in backticks, as in pandas. The text is
-parsed by Python's parser and never executed.
+DuckDB parses the expression. Its tree may contain only the operators and functions listed here, so the same rows are
+selected on every machine, and nothing but the columns is read. Columns that are compared with another kind of value, such
+as text with a number, are converted. DuckDB then evaluates the tree, one block of rows at a time.
 """
 
-import ast
+import json
+import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
-from functools import reduce
-from typing import Any, TypeAlias
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from clip_exp.data.tables.columns import bool_array, bool_numpy
+from clip_exp.data.tables.unconverted import UnconvertedValues, find_unconverted
 from clip_exp.errors import ConfigError
 
-_OPERATORS: dict[type[ast.cmpop], str] = {
-    ast.Eq: "equal",
-    ast.NotEq: "not_equal",
-    ast.Lt: "less",
-    ast.LtE: "less_equal",
-    ast.Gt: "greater",
-    ast.GtE: "greater_equal",
+if TYPE_CHECKING:
+    from duckdb import DuckDBPyConnection
+
+Node: TypeAlias = dict[str, Any]  # of an expression, as DuckDB serializes it
+
+# The functions: kinds of the arguments, of which the last one repeats, and of the result. n: numbers, t: text, b: truth
+# values, o: others, such as dates and lists, *: one kind for all. Each is deterministic, and none has a result that is
+# much larger than its arguments.
+_FUNCTIONS = {
+    name: (arguments, result)
+    for arguments, result, names in (
+        ("t", "t", "lower upper trim ltrim rtrim concat || replace regexp_extract md5"),
+        ("tn", "t", "left right substring substr"),
+        ("t", "n", "length len strlen md5_number"),
+        ("t", "b", "starts_with ends_with prefix suffix regexp_matches regexp_full_match"),
+        ("t", "b", "~~ !~~ ~~* !~~* like_escape not_like_escape"),  # LIKE, ILIKE
+        ("n", "n", "+ - * / // % mod abs round floor ceil ceiling sqrt ln log"),
+        ("*", "*", "nullif greatest least"),
+        ("*", "b", "contains"),  # of a text, or in a list
+        ("o", "b", "list_contains list_has"),
+        ("o", "o", "list_value"),  # ['a', 'b']
+    )
+    for name in names.split()
 }
-_QUOTED_NAME = re.compile(r"""('(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")|`([^`]+)`""")
-_HOW = (
-    "A filter compares columns with numbers, strings or each other: "
-    "width >= 256 and (similarity > 0.28 or 'dog' in title)."
+_OPERATORS = ("OPERATOR_NOT", "OPERATOR_IS_NULL", "OPERATOR_IS_NOT_NULL", "COMPARE_IN", "OPERATOR_COALESCE")
+_TYPES = {
+    name: kind
+    for kind, names in (
+        ("n", "TINYINT SMALLINT INTEGER BIGINT HUGEINT UTINYINT USMALLINT UINTEGER UBIGINT FLOAT DOUBLE DECIMAL"),
+        ("t", "VARCHAR TEXT"),
+        ("b", "BOOLEAN BOOL"),
+        ("o", "DATE TIMESTAMP"),
+    )
+    for name in names.split()
+}
+_LITERALS = {"INTEGER": "n", "NUMERIC": "n", "STRING": "t", "BOOLEAN": "b", "NULL_LITERAL": ""}
+_KINDS = {"n": "numbers", "t": "text", "b": "truth values", "o": "other values"}
+_ALLOWED = (
+    "Allowed are comparisons, AND, OR, NOT, BETWEEN, IN, LIKE, IS NULL, CASE, CAST, TRY_CAST, arithmetic and "
+    + ", ".join(sorted(name for name in {"coalesce", *_FUNCTIONS} - {"list_value"} if name.isidentifier()))
 )
-_HINTS: dict[type[ast.AST], str] = {
-    ast.BinOp: "a filter has no arithmetic; join comparisons with `and`, `or`",
-    ast.Name: "compare it, for example with `== True`",
-    ast.Call: "the only function is len(column)",
-    ast.Is: "use ==",
-}
+_EXAMPLE = "A filter is an SQL condition with texts in single quotes: width >= 256 AND (title LIKE '%dog%' OR similarity IS NULL)"
 
-
-@dataclass(frozen=True)
-class Constant:
-    """Literal value in a filter."""
-
-    value: str | float | bool
-
-
-@dataclass(frozen=True)
-class Column:
-    """Column of the table."""
-
-    name: str
-    values: pa.Array
-
-
-@dataclass(frozen=True)
-class Length:
-    """Length of a column's values: characters of a text or entries of a list."""
-
-    column: pa.Array
-
-
-Operand: TypeAlias = Column | Constant | Length
-Converter: TypeAlias = Callable[[pa.Array], pa.Array]
-Conversions: TypeAlias = dict[tuple[str, Converter], pa.Array]  # columns after conversion for a comparison
-
-
-@dataclass(frozen=True)
-class UnconvertedValues:
-    """Values of a column that could not be converted to the kind with which a filter compares it.
-
-    Missing values are counted separately: an empty cell is expected to match nothing, and an unreadable one is probably
-    an error.
-    """
-
-    column: str  # name of the column
-    kind: str  # kind of the comparison: numbers, text, truth values
-    count: int  # values of another kind
-    missing: int  # null, NaN, and blank cells in a comparison that is not of text
-    example: str  # first of the `count` values, shortened
-    line: int  # line in which its row starts
-
-    def describe(self, unit: str) -> str:
-        """Return a short description for messages.
-
-        Args:
-            unit: unit of `line`: line, row or sample.
-        """
-        counted = [f"{self.missing:,} missing"] if self.missing else []
-        if self.count:
-            counted.insert(0, f"{self.count:,} not {self.kind}, such as {self.example!r} in {unit} {self.line}")
-        return f"{self.column} ({', '.join(counted)})"
+_MAX_LENGTH = 10_000  # characters
+_MAX_PARENTHESES = 500  # more unclosed ones take seconds to parse
+_MAX_DEPTH = 100  # nested operators
+_MAX_TEXTS = 20  # arguments of functions that return texts, which DuckDB's limit of memory does not count
+_QUERY_BYTES = 16 << 20  # columns of one query, which can only be interrupted every 2,048 rows
+_TIMEOUT_S = 60.0  # of one query
 
 
 @dataclass(frozen=True)
@@ -100,338 +79,367 @@ class Filter:
 
     text: str  # as written in the configuration
     names: frozenset[str]  # names of the columns in the condition
-    _condition: ast.expr
-    _quoted: dict[str, str]
 
     def select(self, extra: Mapping[str, pa.Array], lines: np.ndarray) -> tuple[np.ndarray, list[UnconvertedValues]]:
         """Return which rows match, bool [rows], and the values that could not be compared.
 
-        A comparison is null if a value is missing, or if a text is compared with a number and is not one. Nulls
-        propagate as in SQL: `not null` is null, and a row with a null matches only if the rest of the condition
-        decides.
+        A row matches if the condition is true for it, not if it is null. A text that is compared with a number is null
+        if it is not a number.
 
         Args:
-            extra: columns of `names`: numbers, text, truth values or lists of those.
+            extra: columns of `names`: numbers, texts, truth values, dates, or lists of those.
             lines: line in which each row starts, for messages.
+
+        Raises: ConfigError if the condition does not fit the columns, or a CAST fails.
         """
-        columns = {name: Column(name, extra[name]) for name in self.names}
-        conversions: Conversions = {}
-        matches = self._evaluate(self._condition, columns, conversions).fill_null(False)
-        return bool_numpy(matches), find_unconverted(extra, conversions, lines)
-
-    def _evaluate(self, node: ast.expr, columns: Mapping[str, Column], conversions: Conversions) -> pa.BooleanArray:
-        if isinstance(node, ast.BoolOp):
-            combine = pc.and_kleene if isinstance(node.op, ast.And) else pc.or_kleene
-            return reduce(combine, (self._evaluate(value, columns, conversions) for value in node.values))
-        if isinstance(node, ast.UnaryOp):
-            return pc.invert(self._evaluate(node.operand, columns, conversions))
-        assert isinstance(node, ast.Compare)
-        return reduce(pc.and_kleene, (self._compare(*pair, columns, conversions) for pair in _pairs(node)))
-
-    def _compare(
-        self, left: ast.expr, op: ast.cmpop, right: ast.expr, columns: Mapping[str, Column], conversions: Conversions
-    ) -> pa.BooleanArray:
-        a = self._operand(left, columns)
-        if not isinstance(op, ast.In | ast.NotIn):
-            return compare(_OPERATORS[type(op)], a, self._operand(right, columns), conversions)
-        if isinstance(right, ast.Name):
-            found = contains(columns[self._name(right)], a)
-        else:
-            values = [self._operand(value, columns) for value in right.elts]  # type: ignore[attr-defined]
-            found = reduce(pc.or_kleene, (compare("equal", a, value, conversions) for value in values))
-        return pc.invert(found) if isinstance(op, ast.NotIn) else found
-
-    def _operand(self, node: ast.expr, columns: Mapping[str, Column]) -> Operand:
-        if isinstance(node, ast.Name):
-            return columns[self._name(node)]
-        if isinstance(node, ast.Call):
-            return Length(columns[self._name(node.args[0])].values)
-        return Constant(_constant(node))
-
-    def _name(self, node: ast.expr) -> str:
-        assert isinstance(node, ast.Name)
-        return self._quoted.get(node.id, node.id)
+        columns = {name: _plain(extra[name]) for name in sorted(self.names)}
+        kinds = tuple((name, _kind_of_type(column.type)) for name, column in columns.items())
+        # Numbered, because names in DuckDB do not depend on case.
+        table = pa.table(list(columns.values()), [f"c{i}" for i in range(len(columns))])
+        rows = max(1, len(lines) * _QUERY_BYTES // max(1, table.nbytes))
+        with _errors_of(self.text):
+            query, compared = _compile(self.text, kinds)
+            results = [_evaluate(query, table.slice(start, rows)) for start in range(0, max(1, len(lines)), rows)]
+        matches, *nulls = (np.concatenate(parts) for parts in zip(*results, strict=True))
+        unconverted = [
+            find_unconverted(name, _KINDS[kind], columns[name], lost, lines)
+            for (name, kind), lost in zip(compared, nulls, strict=True)
+            if lost.any()
+        ]
+        return matches, unconverted
 
 
+@lru_cache(maxsize=64)
 def parse(text: str) -> Filter:
     """Parse a filter.
 
-    Raises: ConfigError that names the part that is not supported.
+    Raises: ConfigError that names the part that is not allowed.
     """
-    quoted: dict[str, str] = {}
+    with _errors_of(text):
+        names = {node["column_names"][0] for node in _walk(_parse(text)[1]) if node["class"] == "COLUMN_REF"}
+        if not names:
+            raise _Refused("it names no column")
+    return Filter(text, frozenset(names))
 
-    def placeholder(match: re.Match[str]) -> str:
-        if match[2] is None:
-            return match[1]
-        quoted[name := f"_quoted_{len(quoted)}_"] = match[2]
-        return name
 
-    source = _QUOTED_NAME.sub(placeholder, text.strip())
+class _Refused(Exception):
+    """Reason for which a filter is not valid."""
+
+
+@contextmanager
+def _errors_of(text: str) -> Iterator[None]:
+    """Turn the errors of a filter into a ConfigError with one line."""
+    import duckdb  # imported here, because it takes 0.2 s that a command without a filter does not need
+
     try:
-        condition = ast.parse(source, mode="eval").body
-        _check_condition(condition)
-    except _Unsupported as error:
-        part = re.sub(r"_quoted_\d+_", lambda match: f"`{quoted.get(match[0], match[0])}`", error.part)
-        raise ConfigError(f"data.filter={text!r}: {part!r} is not supported{error.hint}. {_HOW}") from error
-    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
-        reason = error.msg if isinstance(error, SyntaxError) else str(error)
-        raise ConfigError(f"data.filter={text!r} is not a valid condition: {reason.rstrip('.')}. {_HOW}") from error
-    called = {node.func for node in ast.walk(condition) if isinstance(node, ast.Call)}
-    names = {node.id for node in ast.walk(condition) if isinstance(node, ast.Name) and node not in called}
-    return Filter(text, frozenset(quoted.get(name, name) for name in names), condition, quoted)
+        yield
+    except (_Refused, duckdb.Error, pa.ArrowException, RecursionError) as error:
+        # The first line of DuckDB's message, without the kind of error and the numbered column.
+        reason = re.sub(r"^[A-Z][\w ]* Error: | when casting from source column \w+", "", str(error).partition("\n")[0])
+        problem, fix = "is not a valid condition", _EXAMPLE
+        if isinstance(error, RecursionError):
+            reason = "it is nested too deeply"
+        elif isinstance(error, duckdb.InterruptException):
+            problem, reason, fix = "is too slow", f"some rows took more than {_TIMEOUT_S:g} s", "Simplify it"
+        elif isinstance(error, duckdb.OutOfRangeException):
+            problem, fix = "fails for a row", "Leave such rows out: CASE WHEN width > 0 THEN ln(width) > 5 END"
+        elif isinstance(error, duckdb.ConversionException):
+            problem, fix = "fails for a row", "TRY_CAST(column AS DOUBLE) gives null for a text that is not a number"
+        shown = repr(text if len(text) <= 200 else text[:200] + "…")
+        raise ConfigError(f"data.filter={shown} {problem}: {reason.rstrip('. ')}. {fix}.") from error
 
 
-class _Unsupported(Exception):
-    def __init__(self, node: ast.AST, hint: str = "") -> None:
-        self.part = ast.unparse(node)
-        hint = hint or _HINTS.get(type(node), "")
-        self.hint = f": {hint}" if hint else ""
+# DuckDB, without access to anything but the registered rows.
 
 
-def _check_condition(node: ast.expr) -> None:
-    if isinstance(node, ast.BoolOp):
-        for value in node.values:
-            _check_condition(value)
-    elif isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not):
-        _check_condition(node.operand)
-    elif isinstance(node, ast.Compare):
-        for left, op, right in _pairs(node):
-            if isinstance(op, ast.In | ast.NotIn):
-                if isinstance(right, ast.Name) and not _is_column(left):
-                    _constant(left)
-                elif isinstance(right, ast.List | ast.Tuple | ast.Set) and right.elts and _is_column(left):
-                    for value in right.elts:
-                        _constant(value)
-                else:
-                    raise _Unsupported(node, "write 'text' in column, or column in ['one', 'another']")
-                continue
-            if type(op) not in _OPERATORS:
-                raise _Unsupported(node, _HINTS.get(type(op), ""))
-            for side in (left, right):
-                if not _is_column(side):
-                    _constant(side)
-            if not _is_column(left) and not _is_column(right):
-                raise _Unsupported(node, "one side must be a column")
-    else:
-        raise _Unsupported(node)
+@lru_cache(maxsize=8)
+def _connection(process: int, thread: int) -> "DuckDBPyConnection":
+    """Return the connection of a thread: threads cannot use one at the same time, nor can a process after a fork."""
+    import duckdb
+
+    return duckdb.connect(
+        ":memory:",
+        config={
+            "threads": 1,
+            "memory_limit": "1GB",
+            "max_expression_depth": _MAX_DEPTH,
+            # Null and errors instead of infinity and NaN, which is greater than all numbers in DuckDB.
+            "ieee_floating_point_ops": False,
+            "error_on_division_by_zero": False,
+            "enable_external_access": False,
+            "autoinstall_known_extensions": False,
+            "autoload_known_extensions": False,
+            "python_enable_replacements": False,
+            "lock_configuration": True,
+        },
+    )
 
 
-def _pairs(node: ast.Compare) -> Iterator[tuple[ast.expr, ast.cmpop, ast.expr]]:
-    """Split a chained comparison: `a < b < c` is `a < b and b < c`."""
-    return zip([node.left, *node.comparators], node.ops, node.comparators, strict=False)
+def _connect() -> "DuckDBPyConnection":
+    return _connection(os.getpid(), threading.get_ident())
 
 
-def _is_column(node: ast.expr) -> bool:
-    """Return True if the node is a column or a column's length."""
-    if isinstance(node, ast.Call):
-        known = isinstance(node.func, ast.Name) and node.func.id == "len" and not node.keywords
-        return known and len(node.args) == 1 and isinstance(node.args[0], ast.Name)
-    return isinstance(node, ast.Name)
+def _evaluate(query: str, table: pa.Table) -> list[np.ndarray]:
+    """Return the columns of a query over the table `block`, bool [rows]; null is False."""
+    connection = _connect()
+    timer = threading.Timer(_TIMEOUT_S, connection.interrupt)
+    timer.daemon = True
+    connection.register("block", table)
+    timer.start()
+    try:
+        found = connection.execute(query).fetchnumpy()
+    finally:
+        timer.cancel()
+        connection.unregister("block")
+    return [np.ma.filled(column, False).astype(bool) for column in found.values()]
 
 
-def _constant(node: ast.expr) -> str | float | bool:
-    """Return the number, string or truth value of a literal; raises _Unsupported."""
-    sign = 1
-    value: ast.expr = node
-    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub | ast.UAdd):
-        sign, value = (-1 if isinstance(node.op, ast.USub) else 1), node.operand
-    if not isinstance(value, ast.Constant) or not isinstance(value.value, str | int | float):
-        raise _Unsupported(node)
-    if isinstance(value.value, str | bool):
-        # No column contains a lone surrogate, because it has no UTF-8.
-        lone_surrogate = any("\ud800" <= character <= "\udfff" for character in str(value.value))
-        if value is not node or lone_surrogate:
-            raise _Unsupported(node)
-        return value.value
-    number = sign * value.value
-    if not -(2**63) <= number < 2**63:
-        return float(number) if abs(number) < 2**1023 else sign * float("inf")
-    return number
+# Parsing and checking.
 
 
-# Comparisons of Arrow columns with numbers, text and each other. Values that cannot be compared give null.
+def _parse(text: str) -> tuple[Node, Node]:
+    """Return a statement that selects from the table `block`, and the checked condition in it."""
+    if len(text) > _MAX_LENGTH or text.count("(") > _MAX_PARENTHESES:
+        raise _Refused(f"it has more than {_MAX_LENGTH:,} characters or {_MAX_PARENTHESES} parentheses")
+    statement, template = _serialized(text), _serialized("1")
+    call, expected = (tree["statements"][0]["node"].pop("where_clause", None) for tree in (statement, template))
+    # A filter that closes the parenthesis, or adds a clause, is not the only argument of one plain call.
+    same = ("class", "function_name")
+    if not call or any(call.get(key) != expected[key] for key in same) or len(call["arguments"]) != 1:
+        raise _Refused("it must be one expression")
+    condition = call["arguments"][0]["expression"]
+    _check(condition)
+    if statement != template or not _is_plain(call):
+        raise _Refused("it must be one expression")
+    return statement, condition
 
-_WHOLE = r"^[ \t]*[+-]?[0-9]{1,18}[ \t]*$"
-_NUMBER = r"^[ \t]*[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?[ \t]*$"
+
+def _serialized(condition: str) -> Node:
+    query = f"SELECT 1 FROM block WHERE condition(\n{condition}\n)"
+    tree = json.loads(_connect().sql("SELECT json_serialize_sql(?)", params=[query]).fetchall()[0][0])
+    if tree["error"]:
+        raise _Refused(tree["error_message"].partition("\n")[0].partition(" Use ")[0])
+    return tree
 
 
-def compare(operator: str, left: Operand, right: Operand, conversions: Conversions) -> pa.BooleanArray:
-    """Evaluate `left operator right`; null where a side is missing or cannot be converted.
+def _operands(node: Node) -> list[Node]:
+    """Return the operands of an operator or a function; of CASE, each condition and its value, then the last value."""
+    match node["class"]:
+        case "COMPARISON":
+            return [node["left"], node["right"]]
+        case "BETWEEN":
+            return [node["input"], node["lower"], node["upper"]]
+        case "CONJUNCTION" | "OPERATOR":
+            return node["children"]
+        case "CASE":
+            pairs = [check[key] for check in node["case_checks"] for key in ("when_expr", "then_expr")]
+            return [*pairs, node["else_expr"]]
+        case "CAST":
+            return [node["child"]]
+        case "FUNCTION":
+            return [argument["expression"] for argument in node["arguments"]]
+    return []
 
-    The kind is that of the literal: truth values, text or numbers; a length is a number. Two columns are compared as
-    numbers if one of them has a numeric type or the operator is an order such as `<`, else as text.
+
+def _walk(node: Node) -> Iterator[Node]:
+    yield node
+    for operand in _operands(node):
+        yield from _walk(operand)
+
+
+def _check(condition: Node) -> None:
+    """Raise _Refused for everything that is not listed."""
+    texts = 0
+    for node in _walk(condition):
+        match node["class"]:
+            case "COMPARISON" | "BETWEEN" | "CONJUNCTION" | "CASE":
+                pass
+            case "CONSTANT" if node["literal"]["kind"] in _LITERALS:
+                pass
+            case "OPERATOR" if node["type"] in _OPERATORS:
+                pass
+            case "COLUMN_REF":
+                if len(node["column_names"]) > 1:
+                    name = ".".join(node["column_names"])
+                    raise _Refused(f'a column name with a dot needs double quotes: "{name}"')
+            case "CAST":
+                name, *rest = (
+                    kind["qualified_name"]["path"] if "qualified_name" in (kind := node["type_expr"]) else [""]
+                )
+                if name.upper() not in _TYPES or rest or any(each["class"] != "CONSTANT" for each in kind["children"]):
+                    raise _Refused(f"the type {name} is not allowed, only {', '.join(_TYPES)}")
+            case "FUNCTION" if (name := node["function_name"]) in _FUNCTIONS:
+                if not _is_plain(node):
+                    raise _Refused(f"{name} must be called as {name}(values)")
+                if name == "replace" and not _shortens(*_operands(node)):
+                    raise _Refused("replace takes two quoted texts, the second not longer: replace(width, ',', '')")
+                texts += len(node["arguments"]) if _FUNCTIONS[name][1] == "t" else 0
+            case _:
+                what = node.get("function_name") or node["type"].lower()
+                raise _Refused(f"{what} is not allowed. {_ALLOWED}")
+    if texts > _MAX_TEXTS:
+        raise _Refused(f"its functions make texts of more than {_MAX_TEXTS} values")
+
+
+def _is_plain(call: Node) -> bool:
+    """Return True for `name(values)`, without a schema, named arguments, DISTINCT, FILTER or ORDER BY."""
+    names = [call["schema"], call["catalog"], *(argument["name"] for argument in call["arguments"])]
+    return not (any(names) or call["distinct"] or call["filter"] or call["order_bys"]["orders"])
+
+
+def _shortens(*arguments: Node) -> bool:
+    """Return True for a replacement of a literal by one that is not longer, so that nested ones cannot grow."""
+    lengths = [len(each["literal"]["text"]) for each in arguments[1:] if "literal" in each]
+    return len(lengths) == 2 == len(arguments) - 1 and lengths[0] >= lengths[1]
+
+
+# Conversion of columns to the kind of value with which they are compared.
+
+# Through text, so that a value of JSON Lines is equal in a block of one type and in a mixed block, which has texts.
+_CONVERTED = {
+    "n": "nullif(TRY_CAST(CAST({} AS VARCHAR) AS DOUBLE), 'nan'::DOUBLE)",
+    "t": "CAST({} AS VARCHAR)",
+    "b": "TRY_CAST(CAST({} AS VARCHAR) AS BOOLEAN)",
+}
+_ORDERS = tuple(
+    f"COMPARE_{order}" for order in ("LESSTHAN", "LESSTHANOREQUALTO", "GREATERTHAN", "GREATERTHANOREQUALTO", "BETWEEN")
+)
+_MAX_EXACT = 1 << 53  # integers up to this are exact in float64
+
+
+@lru_cache(maxsize=64)
+def _compile(text: str, kinds: tuple[tuple[str, str], ...]) -> tuple[str, list[tuple[str, str]]]:
+    """Return a query over the table `block`, and the columns that the filter compares, with the kind of the comparison.
+
+    The query gives the condition for each row, and for each of these columns, whether its value is null.
 
     Args:
-        operator: comparison function of `pyarrow.compute`: equal, less, …
-        left, right: operands, at least one of which is a column or length.
-        conversions: cache of converted columns; missing ones are added.
+        kinds: name and kind of each column.
     """
-    constant = next((side.value for side in (left, right) if isinstance(side, Constant)), None)
-    if isinstance(constant, bool):
-        convert: Converter = truths
-    elif isinstance(constant, str) or (
-        constant is None and operator in ("equal", "not_equal") and not (_is_number(left) or _is_number(right))
-    ):
-        convert = texts
-    else:
-        convert = numbers
-    sides = [_converted(side, convert, conversions) for side in (left, right)]
-    if pa.float64() in (sides[0].type, sides[1].type):  # by default, Arrow refuses integers that float64 rounds
-        sides = [pc.cast(side, pa.float64(), safe=False) for side in sides]
-    return getattr(pc, operator)(*sides)
+    statement, condition = _parse(text)
+    kind_of = dict(kinds)
+    if (kind := _kind(condition, kind_of)) == "o" or (kind in ("n", "t") and condition["class"] != "COLUMN_REF"):
+        raise _Refused(f"it gives {_KINDS[kind]}, not true or false")
+    wanted = {id(condition): "b"}
+    for node in _walk(condition):
+        wanted |= {id(operand): needed for operand, needed in _wanted(node, kind_of)}
+    places = {name: f"c{i}" for i, name in enumerate(kind_of)}
+    compared: dict[tuple[str, str], str] = {}
+    for node in _walk(condition):
+        if node["class"] == "COLUMN_REF":
+            name = node["column_names"][0]
+            needed = wanted.get(id(node), "")
+            is_compared = needed in _CONVERTED and kind_of[name] != "o"
+            place = compared.setdefault((name, needed), f"x{len(compared)}") if is_compared else places[name]
+            node["column_names"] = [place]
+    nulls = [{"class": "COLUMN_REF", "type": "COLUMN_REF", "column_names": [f"{x}_null"]} for x in compared.values()]
+    # Not as a WHERE clause: DuckDB orders its terms by measured times, on which it would depend whether a CAST that
+    # fails is evaluated.
+    select = statement["statements"][0]["node"]
+    select["select_list"], select["where_clause"] = [condition, *nulls], None
+    query = _connect().sql("SELECT json_deserialize_sql(?)", params=[json.dumps(statement)]).fetchall()[0][0]
+    converted = ["*"]
+    for (name, kind), x in compared.items():
+        value = places[name] if kind_of[name] == kind else _CONVERTED[kind].format(places[name])
+        converted.append(f"{value} AS {x}, {x} IS NULL AS {x}_null")
+    return f"WITH block AS (SELECT {', '.join(converted)} FROM main.block) {query}", list(compared)
 
 
-def contains(whole: Column, constant: Operand) -> pa.BooleanArray:
-    """Evaluate `constant in column`: a substring of a text, or an entry of a list."""
-    assert isinstance(constant, Constant)
-    column = _plain(whole.values)
-    if not _is_list(column.type):
-        needle = constant.value if isinstance(constant.value, str) else f"{constant.value}"
-        return pc.match_substring(texts(column), needle)
-    entries = compare("equal", Column(whole.name, pc.list_flatten(column)), constant, {}).fill_null(False)
-    parents = pc.filter(pc.list_parent_indices(column), entries)
-    found = np.zeros(len(column), dtype=bool)
-    found[np.frombuffer(parents.buffers()[1], dtype=np.int64)[parents.offset :][: len(parents)]] = True
-    return pc.if_else(pc.is_valid(column), bool_array(found), pa.scalar(None, pa.bool_()))
+def _wanted(node: Node, kinds: Mapping[str, str]) -> Iterator[tuple[Node, str]]:
+    """Yield operands of a node, each with the kind of value that is needed there."""
+    operands = _operands(node)
+    arguments, _ = _FUNCTIONS.get(node.get("function_name", ""), ("", ""))
+    if node["class"] == "CONJUNCTION" or node["type"] == "OPERATOR_NOT":
+        arguments = "b"
+    elif node["class"] == "CASE":
+        yield from ((operand, "b") for operand in operands[:-1:2])
+    if arguments and arguments != "*":
+        yield from ((operand, arguments[min(i, len(arguments) - 1)]) for i, operand in enumerate(operands))
+    elif group := _compared(node):
+        # All columns of a CSV file are texts, so an order such as width > height compares numbers.
+        ordered = node["type"] in _ORDERS and all(operand["class"] == "COLUMN_REF" for operand in group)
+        kind = "n" if ordered and _common(group, kinds) == "t" else _common(group, kinds)
+        if kind == "n":
+            _check_exact(group, kinds)
+        yield from ((operand, kind) for operand in group)
 
 
-def numbers(column: pa.Array) -> pa.Array:
-    """Convert to int64 if all numbers are integers that fit, so that large identifiers stay distinct, else to float64.
-
-    Values that are not numbers become null.
-    """
-    column = _plain(column)
-    kind = column.type
-    if pa.types.is_signed_integer(kind) or (
-        pa.types.is_unsigned_integer(kind) and (pc.max(column).as_py() or 0) < 1 << 63
-    ):
-        return pc.cast(column, pa.int64())
-    if pa.types.is_unsigned_integer(kind) or pa.types.is_floating(kind) or pa.types.is_decimal(kind):
-        values = pc.cast(column, pa.float64(), safe=False)
-        return pc.if_else(pc.is_nan(values), pa.scalar(None, pa.float64()), values)
-    if not pa.types.is_large_string(kind):
-        return pa.nulls(len(column), pa.float64())
-    written = pc.if_else(pc.match_substring_regex(column, _NUMBER), column, pa.scalar(None, kind))
-    whole = pc.all(pc.match_substring_regex(written, _WHOLE)).as_py()  # nulls do not count
-    return pc.cast(pc.utf8_ltrim(pc.utf8_trim_whitespace(written), "+"), pa.int64() if whole else pa.float64())
+def _compared(node: Node) -> list[Node]:
+    """Return the operands of a node that are compared with each other, or one of which is its value."""
+    operands = _operands(node)
+    if node["class"] == "CASE":
+        return [*operands[1:-1:2], operands[-1]]
+    if _FUNCTIONS.get(node.get("function_name", ""), ("", ""))[0] == "*":
+        is_list = operands and operands[0].get("function_name") == "list_value"  # column IN ['a', 'b']
+        return [*_operands(operands[0]), *operands[1:]] if is_list else operands
+    is_group = node["class"] in ("COMPARISON", "BETWEEN") or node["type"] in ("COMPARE_IN", "OPERATOR_COALESCE")
+    return operands if is_group else []
 
 
-def texts(column: pa.Array) -> pa.Array:
-    """Convert numbers, truth values and times to large strings; other values become null."""
-    column = _plain(column)
-    if _is_list(column.type) or pa.types.is_nested(column.type) or pa.types.is_binary(column.type):
-        return pa.nulls(len(column), pa.large_string())
-    return pc.cast(column, pa.large_string())
+def _kind(node: Node, kinds: Mapping[str, str]) -> str:
+    """Return the kind of a node's value; "" for null."""
+    match node["class"]:
+        case "CONSTANT":
+            return _LITERALS[node["literal"]["kind"]]
+        case "COLUMN_REF":
+            return kinds[node["column_names"][0]]
+        case "CAST":
+            return _TYPES[node["type_expr"]["type_name"].upper()]
+        case "FUNCTION" if (result := _FUNCTIONS[node["function_name"]][1]) != "*":
+            return result
+        case "FUNCTION" | "CASE":
+            return _common(_compared(node), kinds)
+    return _common(_compared(node), kinds) if node["type"] == "OPERATOR_COALESCE" else "b"
 
 
-def truths(column: pa.Array) -> pa.Array:
-    """Convert to truth values. The texts true, false, 1 and 0 are accepted in any case; other values become null."""
-    column = _plain(column)
-    if pa.types.is_boolean(column.type):
-        return column
-    written = pc.utf8_lower(texts(column))
-    is_true, is_false = (
-        pc.or_kleene(pc.equal(written, word), pc.equal(written, digit))
-        for word, digit in (("true", "1"), ("false", "0"))
-    )
-    return pc.if_else(pc.or_kleene(is_true, is_false), is_true, pa.scalar(None, pa.bool_()))
+def _common(nodes: Sequence[Node], kinds: Mapping[str, str]) -> str:
+    """Return the kind in which values are compared: texts with columns as text, else numbers or truth values if there are any."""
+    found = {_kind(node, kinds) for node in nodes} - {""}
+    rest = {_kind(node, kinds) for node in nodes if node["class"] != "COLUMN_REF"} - {""}
+    if "o" in found or not found:
+        return "o" if found else ""
+    return "t" if rest == {"t"} else next(kind for kind in "nbt" if kind in found)
 
 
-def _converted(side: Operand, convert: Converter, conversions: Conversions) -> Any:
-    if isinstance(side, Constant):
-        return pa.scalar(side.value)
-    if isinstance(side, Column):
-        key = side.name, convert
-        if key not in conversions:
-            conversions[key] = convert(side.values)
-        return conversions[key]
-    column = _plain(side.column)
-    if _is_list(column.type):
-        return convert(pc.cast(pc.list_value_length(column), pa.int64()))
-    return convert(pc.cast(pc.utf8_length(texts(column)), pa.int64()))
+def _check_exact(group: Sequence[Node], kinds: Mapping[str, str]) -> None:
+    """Raise _Refused if a column of texts is compared with an integer that float64 rounds."""
+    names = [node["column_names"][0] for node in group if node["class"] == "COLUMN_REF"]
+    name = next((name for name in names if kinds[name] == "t"), None)
+    whole = [node["literal"]["text"] for node in group if node.get("literal", {}).get("kind") == "INTEGER"]
+    if name and (large := next((text for text in whole if abs(int(text)) > _MAX_EXACT), None)):
+        raise _Refused(
+            f"{name} is text, and as numbers, large integers are rounded: write {name} = '{large}' or "
+            f"TRY_CAST({name} AS BIGINT) = {large}"
+        )
 
 
-def _is_number(side: Operand) -> bool:
-    if isinstance(side, Column):
-        return pa.types.is_integer(side.values.type) or pa.types.is_floating(side.values.type)
-    return isinstance(side, Length)
+def _kind_of_type(kind: pa.DataType) -> str:
+    if pa.types.is_large_string(kind):
+        return "t"
+    if pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_decimal(kind):
+        return "n"
+    return "b" if pa.types.is_boolean(kind) else "" if pa.types.is_null(kind) else "o"
 
 
 def _plain(column: pa.Array) -> pa.Array:
-    """Decode a dictionary array, and cast all string types to large strings."""
+    """Convert a column to a type that DuckDB reads: valid large strings, and numbers with null for NaN."""
     if pa.types.is_dictionary(column.type):
         column = column.dictionary_decode()
-    if pa.types.is_string(column.type) or pa.types.is_string_view(column.type) or pa.types.is_null(column.type):
-        return pc.cast(column, pa.large_string())
+    kind = column.type
+    if pa.types.is_float16(kind) or pa.types.is_decimal256(kind):
+        column = pc.cast(column, pa.float64(), safe=False)
+    if pa.types.is_floating(
+        column.type
+    ):  # in DuckDB, NaN is greater than all numbers, but libraries write it for missing values
+        return pc.if_else(pc.is_nan(column), pa.scalar(None, column.type), column)
+    if not (pa.types.is_string(kind) or pa.types.is_string_view(kind) or pa.types.is_large_string(kind)):
+        return column
+    column = pc.cast(column, pa.large_string())
+    try:
+        column.validate(full=True)
+    except pa.ArrowInvalid:  # Arrow does not check the UTF-8 of a Parquet file
+        stored = pc.cast(column, pa.large_binary()).to_pylist()
+        return pa.array(
+            [None if each is None else each.decode("utf-8", "replace") for each in stored], pa.large_string()
+        )
     return column
-
-
-def _is_list(kind: pa.DataType) -> bool:
-    return pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
-
-
-# Report of values that could not be converted: `1,024` is not a number, so `width >= 256` does not match its row.
-
-_KINDS: dict[Converter, str] = {numbers: "numbers", texts: "text", truths: "truth values"}
-_SHOWN = 40  # characters of an example
-
-
-def find_unconverted(
-    columns: Mapping[str, pa.Array], conversions: Conversions, lines: np.ndarray
-) -> list[UnconvertedValues]:
-    """Return the values of a block of rows that could not be converted.
-
-    Args:
-        columns: columns as stored in the file.
-        conversions: converted columns, null where the conversion failed.
-        lines: line in which each row starts.
-    """
-    return [
-        _unconverted(name, _KINDS[convert], columns[name], converted, lines)
-        for (name, convert), converted in conversions.items()
-        if converted.null_count
-    ]
-
-
-def merge_unconverted(found: Iterable[UnconvertedValues]) -> list[UnconvertedValues]:
-    """Merge the results of consecutive blocks or files to one per column and kind."""
-    merged: dict[tuple[str, str], UnconvertedValues] = {}
-    for new in found:
-        before = merged.setdefault((new.column, new.kind), replace(new, count=0, missing=0))
-        first = before if before.count else new
-        count, missing = before.count + new.count, before.missing + new.missing
-        merged[new.column, new.kind] = replace(first, count=count, missing=missing)
-    return list(merged.values())
-
-
-def as_json(found: Iterable[UnconvertedValues]) -> dict[str, dict[str, Any]]:
-    """Return JSON values by column, for a summary or the settings of an evaluation."""
-    by_column: dict[str, dict[str, Any]] = {}
-    for each in found:
-        values = {name: value for name, value in asdict(each).items() if name not in ("column", "line")}
-        if not each.count:
-            del values["example"]
-        by_column[each.column if each.column not in by_column else f"{each.column} ({each.kind})"] = values
-    return by_column
-
-
-def _unconverted(name: str, kind: str, column: pa.Array, converted: pa.Array, lines: np.ndarray) -> UnconvertedValues:
-    lost = pc.is_null(converted)
-    values, places = column.filter(lost), lines[bool_numpy(lost)]
-    if pa.types.is_dictionary(values.type):
-        values = values.dictionary_decode()
-    present = bool_numpy(pc.is_valid(values))
-    if pa.types.is_floating(values.type):
-        present[:] = False  # NaN, which libraries write for missing values
-    elif pa.types.is_string(values.type) or pa.types.is_large_string(values.type):
-        # As binary, because Parquet files may contain invalid UTF-8.
-        values = pc.cast(pc.ascii_trim_whitespace(values), pa.large_binary())
-        present &= bool_numpy(pc.not_equal(pc.binary_length(values), 0).fill_null(False))
-    count = int(present.sum())
-    if not count:
-        return UnconvertedValues(name, kind, 0, len(values), "", 0)
-    first = int(np.flatnonzero(present)[0])
-    value = values[first].as_py()
-    example = value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)
-    example = example if len(example) <= _SHOWN else example[:_SHOWN] + "…"
-    return UnconvertedValues(name, kind, count, len(values) - count, example, int(places[first]))

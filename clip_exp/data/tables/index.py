@@ -4,8 +4,8 @@ An index is a folder `<stem of the first file>-<16 hex digits>`:
 
     index.json     options; signature, bad rows and digest of each file of the table; checksums of the files below
     rows.arrow     Arrow IPC: the strings, in batches of `BATCH_ROWS` rows
-    lines.npy      int64 [rows]
-    members.npy    int64 [rows, 2], for shards
+    lines.npy, members.npy, caption_columns.npy    see `RowBlock.numbers`; the last two only if there are any
+    images.bin     content of the images that were in the table itself, as in Parquet
     image_index.npy, order.npy, offsets.npy    see `ImageGroups`; absent if every row has its own image
 
 The folder is created atomically. Nothing in it is unpickled.
@@ -28,16 +28,19 @@ import numpy as np
 import pyarrow as pa
 
 from clip_exp.config.data import OnBadRow
-from clip_exp.data.tables.filters import UnconvertedValues
+from clip_exp.data.tables.captions import COLUMN
 from clip_exp.data.tables.reader import FileSignature, RowBlock, TableOptions
 from clip_exp.data.tables.scan import BATCH_ROWS, Scan, ScannedFile, open_reader, progress_of
-from clip_exp.data.tables.table import ImageGroups, group_images
+from clip_exp.data.tables.store import ImageStore
+from clip_exp.data.tables.table import ImageGroups, group_images, group_members
+from clip_exp.data.tables.unconverted import UnconvertedValues
 from clip_exp.errors import DataError
 from clip_exp.storage import atomic_folder, lock, remove_leftovers
 
 log = logging.getLogger(__name__)
 
-_VERSION = 4  # part of the folder's name; increase it when the readers or the format of the folder change
+IMAGES = "images.bin"
+_VERSION = 5  # part of the folder's name; increase it when the readers or the format of the folder change
 
 
 @dataclass(frozen=True)
@@ -85,6 +88,8 @@ class MappedRows:
             }
             self.lines = mapped["lines"]
             self.members: np.ndarray | None = mapped.get("members")
+            self.caption_columns: np.ndarray | None = mapped.get(COLUMN)
+            self.images = folder / IMAGES if IMAGES in record["stored"] else None
             sizes = [len(batch) for batch in self.batches]
             if any(size != BATCH_ROWS for size in sizes[:-1]) or not sum(sizes) == len(self.lines) == record["rows"]:
                 raise ValueError("batches of a wrong size")
@@ -195,11 +200,10 @@ def write_index(folder: Path, source: TableSource) -> None:
         DataError, ConfigError: see `tables.open`.
     """
     with atomic_folder(folder) as partial:  # processes that have mapped the replaced files keep them
-        with progress_of(source.files) as advance:
-            scan = Scan(source.files, source.options, advance)
+        with progress_of(source.files) as advance, ImageStore(partial / IMAGES) as images:
+            scan = Scan(source.files, source.options, advance, images.add)
             rows = _write_rows(partial, scan.blocks())
-        if not (partial / "members.npy").exists():
-            _write_groups(partial, scan, source.roots)
+        _write_groups(partial, scan, source.roots)
         names = sorted(file.name for file in partial.iterdir())
         files = [{**asdict(file), "path": str(file.path.absolute())} for file in scan.read]
         record = {
@@ -216,26 +220,27 @@ def write_index(folder: Path, source: TableSource) -> None:
 
 
 def _write_rows(partial: Path, blocks: Iterator[RowBlock]) -> int:
-    """Write `rows.arrow`, `lines.npy` and `members.npy`; return the number of rows."""
+    """Write `rows.arrow` and a .npy file for each of the numbers; return the number of rows."""
     first = next(blocks)
     with ExitStack() as stack:
         sink = stack.enter_context(pa.OSFile(str(partial / "rows.arrow"), "wb"))
         strings = stack.enter_context(pa.ipc.new_file(sink, first.batch.schema))
-        lines = stack.enter_context(_NpyFile(partial / "lines.npy", ()))
-        members = None if first.members is None else stack.enter_context(_NpyFile(partial / "members.npy", (2,)))
+        files = {
+            name: stack.enter_context(_NpyFile(partial / f"{name}.npy", values.dtype, values.shape[1:]))
+            for name, values in first.numbers.items()
+        }
         for block in chain([first], blocks):
             strings.write_batch(block.batch)
-            lines.write(block.lines)
-            if members is not None and block.members is not None:
-                members.write(block.members)
-    return lines.rows
+            for name, file in files.items():
+                file.write(block.numbers[name])
+    return files["lines"].rows
 
 
 class _NpyFile:
-    """Writer of a .npy file of int64 that appends rows."""
+    """Writer of a .npy file that appends rows."""
 
-    def __init__(self, path: Path, row_shape: tuple[int, ...]) -> None:
-        self.rows, self._row_shape = 0, row_shape
+    def __init__(self, path: Path, dtype: np.dtype, row_shape: tuple[int, ...]) -> None:
+        self.rows, self._dtype, self._row_shape = 0, dtype, row_shape
         self._file = open(path, "wb")  # noqa: SIM115 - closed by __exit__
         self._write_header()
 
@@ -251,18 +256,21 @@ class _NpyFile:
                 self._write_header()  # of the same length: NumPy reserves space for the number of rows to grow
 
     def write(self, rows: np.ndarray) -> None:
-        self._file.write(np.ascontiguousarray(rows, dtype=np.int64).data)
+        self._file.write(np.ascontiguousarray(rows, dtype=self._dtype).data)
         self.rows += len(rows)
 
     def _write_header(self) -> None:
-        header = {"descr": "<i8", "fortran_order": False, "shape": (self.rows, *self._row_shape)}
+        header = {"descr": self._dtype.str, "fortran_order": False, "shape": (self.rows, *self._row_shape)}
         np.lib.format.write_array_header_1_0(self._file, header)
 
 
 def _write_groups(partial: Path, scan: Scan, roots: Sequence[Path]) -> None:
-    with pa.memory_map(str(partial / "rows.arrow")) as source:
-        paths = pa.ipc.open_file(source).read_all()["image_key"]
-        groups = group_images(paths, [file.rows for file in scan.read], roots)
+    rows = [file.rows for file in scan.read]
+    if (members := partial / "members.npy").exists():
+        groups = group_members(np.load(members, mmap_mode="r"), rows)
+    else:
+        with pa.memory_map(str(partial / "rows.arrow")) as source:
+            groups = group_images(pa.ipc.open_file(source).read_all()["image_key"], rows, roots)
     pa.default_memory_pool().release_unused()  # 0.1 GB per million distinct paths
     if groups is not None:
         for name, values in groups._asdict().items():

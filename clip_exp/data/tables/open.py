@@ -1,21 +1,25 @@
 """Opening of tables: expand patterns to files, read them, and return one table of all rows."""
 
+import atexit
 import glob
 import logging
 import os
 import re
+import tempfile
+import uuid
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from braceexpand import braceexpand
 
-from clip_exp.config.data import DataConfig, OnBadRow
+from clip_exp.config.data import DataConfig, Format, OnBadRow
 from clip_exp.data.tables.index import TableSource, open_index
-from clip_exp.data.tables.reader import TableOptions
+from clip_exp.data.tables.layouts import tables_in
+from clip_exp.data.tables.reader import TableOptions, folders_in
 from clip_exp.data.tables.scan import SHARD, Scan, ScannedFile, progress_of
+from clip_exp.data.tables.store import ImageStore
 from clip_exp.data.tables.table import PairTable, Part, RowsInMemory, StoredRows
 from clip_exp.errors import CheckpointError, ConfigError
 
@@ -34,8 +38,8 @@ def open_table(
     """Open one or several files as one table.
 
     Args:
-        tables: files, globs and brace patterns (`{000..009}`) of CSV, TSV, JSON Lines or Parquet files, or of
-            WebDataset shards. Shards cannot be combined with the other formats.
+        tables: files, globs and brace patterns (`{000..009}`) of tables, annotation files or WebDataset shards, or folders; see
+            `expand`. Shards cannot be combined with the other formats.
         options: columns and rows to read.
         image_root: folder of relative image paths; None: the folder of each file.
         index_dir: parent folder of the indexes (`tables.index`); None: read the rows into memory.
@@ -45,7 +49,7 @@ def open_table(
         DataError: a column is missing, a row is bad, or there are no rows.
         CheckpointError: the index of a large table cannot be written.
     """
-    files = expand(tables)
+    files = expand(tables, options.format)
     shard = next(filter(is_shard, files), None)
     table = next((file for file in files if not is_shard(file)), None)
     if shard is not None and table is not None:
@@ -54,7 +58,7 @@ def open_table(
             f"data.train=[{{path: {shard}, weight: 1}}, {{path: {table}, weight: 1}}]."
         )
     # Absolute, so that a process that changes its working directory reads the same images.
-    roots = [(Path(image_root) if image_root is not None else file.parent).absolute() for file in files]
+    roots = [(Path(image_root) if image_root is not None else _root_of(file)).absolute() for file in files]
     source = TableSource(files, roots, options)
     rows, read = _in_memory(source) if index_dir is None else _in_index(source, index_dir)
     parts: list[Part] = []
@@ -69,10 +73,30 @@ def open_table(
         if found.unconverted:
             level = logging.WARNING if any(each.count for each in found.unconverted) else logging.INFO
             described = "; ".join(each.describe(found.unit) for each in found.unconverted)
-            log.log(level, "%s: data.filter does not match these values: %s.", file, described)
+            log.log(level, "%s: data.filter reads these values as null: %s.", file, described)
+        for problem in _several_captions(found, options):
+            log.warning("%s: %s", file, problem)
         start = parts[-1].start + parts[-1].rows if parts else 0
         parts.append(Part(**{**vars(found), "path": file.absolute()}, root=root, start=start))
     return PairTable(rows, tuple(parts))
+
+
+def _root_of(file: Path) -> Path:
+    return file if file.is_dir() else file.parent
+
+
+def _several_captions(found: ScannedFile, options: TableOptions) -> Iterator[str]:
+    """Yield a message for each way in which most captions of a file seem to be several captions."""
+    if found.list_captions > found.rows / 2 and not options.caption_list:
+        yield (
+            f"{found.list_captions:,} of {found.rows:,} captions look like a list of captions, and are read as one text each: "
+            "caption_list=true reads them as several captions."
+        )
+    if found.captions_with_lines > found.rows / 2 and not options.caption_lines:
+        yield (
+            f"{found.captions_with_lines:,} of {found.rows:,} captions have several lines, and are read as one text each: "
+            "caption_lines=true reads each line as a caption."
+        )
 
 
 def read_table(
@@ -90,15 +114,29 @@ def open_configured(
     *,
     label_key: str | None = None,
     columns: Sequence[str] = (),
+    held_out: bool = False,
     max_rows: int | None = None,
     index_dir: Path | None = None,
 ) -> PairTable:
-    """Open a table with the options of a data configuration."""
+    """Open a table with the options of a data configuration.
+
+    Args:
+        held_out: open the images that `data.val_fraction` holds out, instead of all others.
+    """
+    header = config.header
     options = TableOptions(
         image_key=config.image_key,
-        caption_key=config.caption_key,
+        caption_key=tuple(config.caption_key) if isinstance(config.caption_key, list) else config.caption_key,
         label_key=label_key,
         columns=tuple(columns),
+        caption_list=config.caption_list,
+        caption_lines=config.caption_lines,
+        format=config.format,
+        templates=tuple(config.templates),
+        val_fraction=config.val_fraction,
+        val_seed=config.val_seed,
+        held_out=held_out,
+        header=tuple(header) if isinstance(header, list) else header,
         separator=config.separator,
         encoding=config.encoding,
         on_bad_row=config.on_bad_row,
@@ -109,10 +147,13 @@ def open_configured(
 
 
 def _in_memory(source: TableSource) -> tuple[StoredRows, list[ScannedFile]]:
-    with progress_of(source.files) as advance:
-        scan = Scan(source.files, source.options, advance)
+    store = ImageStore(Path(tempfile.gettempdir()) / f"clip_exp-images-{os.getpid()}-{uuid.uuid4().hex}")
+    atexit.register(store.path.unlink, missing_ok=True)
+    with progress_of(source.files) as advance, store:
+        scan = Scan(source.files, source.options, advance, store.add)
         blocks = list(scan.blocks())
-    return RowsInMemory(blocks, [file.rows for file in scan.read], source.roots), scan.read
+    images = store.path if store.path.exists() else None
+    return RowsInMemory(blocks, [file.rows for file in scan.read], source.roots, images), scan.read
 
 
 def _in_index(source: TableSource, index_dir: Path) -> tuple[StoredRows, list[ScannedFile]]:
@@ -133,12 +174,15 @@ MAX_FILES = 1_000_000  # files per pattern; {0..999999999} is probably a mistake
 _LISTED = 3  # problems shown in a message
 
 
-def expand(tables: str | Path | Sequence[str | Path]) -> list[Path]:
+def expand(tables: str | Path | Sequence[str | Path], layout: Format = Format.auto) -> list[Path]:
     """Expand patterns to files, in the given order. The files of a glob are sorted by name.
+
+    A folder is replaced by its tables (`tables.layouts`), unless its images are the data.
 
     Args:
         tables: one or several paths, globs (`shards/*.tar`, `**` for any folders) and brace patterns (`{0000..0019}`,
             `{a,b}`), which may contain globs. If a file has the name of a pattern, it is that file.
+        layout: `data.format`.
 
     Raises: ConfigError for a missing file, a path that is not a file, a glob without matches, and a file that is named
         twice.
@@ -150,7 +194,7 @@ def expand(tables: str | Path | Sequence[str | Path]) -> list[Path]:
         if not isinstance(entry, str | Path):
             raise ConfigError(f"{entry!r} is not the path of a table.")
         for pattern in _braces(str(entry)):
-            found = _files(pattern)
+            found = tables_in(Path(pattern), layout) if os.path.isdir(pattern) else _files(pattern)
             files += found
             problems += [] if found else [_missing(pattern)]
     if problems:
@@ -173,6 +217,7 @@ def expand(tables: str | Path | Sequence[str | Path]) -> list[Path]:
 
 
 def _braces(entry: str) -> list[str]:
+    entry = entry.removeprefix("file://")
     if "://" in entry:
         raise ConfigError(f"{entry} is a URL: download it first, because tables are read from files.")
     path = os.path.expanduser(entry)
@@ -208,35 +253,14 @@ def _glob(pattern: str) -> Iterator[str]:
     if not found or not (head.endswith(os.sep) or not head):
         yield from glob.iglob(pattern)
         return
-    seen: set[tuple[int, int]] = set()
     for top in sorted(glob.iglob(head)) if head else [os.curdir]:
-        for folder in _folders(top, seen):
+        for folder, _ in folders_in(top):
             yield from _glob(os.path.join(glob.escape(folder), rest))
-
-
-def _folders(top: str, seen: set[tuple[int, int]]) -> Iterator[str]:
-    """Yield a folder and its subfolders except hidden ones. Links are followed, and each folder is visited once."""
-    for folder, names, _ in os.walk(top, followlinks=True):
-        try:
-            status = os.stat(folder)
-        except OSError:  # removed meanwhile
-            continue
-        if (place := (status.st_dev, status.st_ino)) in seen:
-            names.clear()
-            continue
-        seen.add(place)
-        names[:] = sorted(name for name in names if not name.startswith("."))
-        yield folder
 
 
 def _missing(pattern: str) -> str:
     if os.path.isdir(pattern):
-        found: set[str] = set()
-        with suppress(OSError):
-            found = {os.path.splitext(name)[1].lower() for name in os.listdir(pattern)}
-        kinds = [suffix for suffix in (".tar", ".parquet", ".jsonl", ".csv", ".tsv") if suffix in found]
-        inside = f"; for the tables in it, write {os.path.join(pattern, '*' + kinds[0])}" if kinds else ""
-        return f"The table {pattern} is a folder, not a file{inside}."
+        return f"The folder {pattern} has neither tables nor images."
     if os.path.lexists(pattern):
         why = "is not a regular file" if os.path.exists(pattern) else "is a broken link"
         return f"The table {pattern} {why}."

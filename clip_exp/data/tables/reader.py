@@ -5,25 +5,36 @@ import hashlib
 import math
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, field
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import pyarrow as pa
 
-from clip_exp.config.data import OnBadRow
+from clip_exp.config.data import Format, OnBadRow
 from clip_exp.data.tables import filters
 from clip_exp.data.tables.features import numbers_of, to_json
 from clip_exp.errors import ConfigError, DataError
 
 COLUMNS = "columns."  # start of the setting of a further column
+CAPTION = "caption_key"  # setting of the caption column
 
 
 def is_column(setting: str) -> bool:
     """Return True for the setting of a further column, such as `columns.hard_negative`."""
     return setting.startswith(COLUMNS)
+
+
+def is_caption(setting: str) -> bool:
+    """Return True for the setting of a caption column: `caption_key`, or `caption_key.<i>` for one of several."""
+    return key_of(setting) == CAPTION
+
+
+def is_optional(setting: str) -> bool:
+    """Return True if a missing value is no fault: that of one of several caption columns."""
+    return setting.startswith(f"{CAPTION}.")
 
 
 def key_of(setting: str) -> str:
@@ -37,12 +48,25 @@ class TableOptions:
 
     # Column names. Captions and labels are optional.
     image_key: str = "filepath"
-    caption_key: str | None = "title"
+    caption_key: str | tuple[str, ...] | None = "title"  # several columns: each of them has a caption, or none
     label_key: str | None = None
     columns: tuple[str, ...] = ()  # further columns for the loss (`tables.features`)
+    # Captions that are several captions.
+    caption_list: bool = False  # a text such as '["a dog", "a pet"]' is a list
+    caption_lines: bool = False  # each line is a caption
+    # Layout.
+    format: Format = Format.auto
+    templates: tuple[str, ...] = ()  # captions of the class folders, with {} for the class
     # For delimited text.
+    header: bool | tuple[str, ...] | None = (
+        None  # None: detect; False: none; names of the columns of a table without one
+    )
     separator: str = "auto"
     encoding: str = "auto"
+    # Rows that are used.
+    val_fraction: float | None = None  # fraction of the images that are held out for validation
+    val_seed: int = 0  # seed of their choice
+    held_out: bool = False  # with `val_fraction`: use the images that are held out, instead of all others
     on_bad_row: OnBadRow = OnBadRow.error  # `skip`: leave bad rows out and count them by reason
     filter: str | None = None  # condition for the rows to use (`tables.filters`); None: all rows
     max_rows: int | None = None  # stop after this number of rows
@@ -51,10 +75,14 @@ class TableOptions:
     def requested(self) -> dict[str, str]:
         """Requested columns: setting to column name.
 
-        A setting is a configuration key (`image_key`, …), or `columns.<name>` for each of the further columns.
+        A setting is a configuration key (`image_key`, …), `caption_key.<i>` for each of several caption columns, or
+        `columns.<name>` for each of the further columns.
         """
-        requested = {"image_key": self.image_key, "caption_key": self.caption_key, "label_key": self.label_key}
-        named = {setting: name for setting, name in requested.items() if name is not None}
+        captions = {CAPTION: self.caption_key}
+        if isinstance(self.caption_key, tuple):
+            captions = {f"{CAPTION}.{i}": name for i, name in enumerate(self.caption_key)}
+        requested = {"image_key": self.image_key, **captions, "label_key": self.label_key}
+        named = {setting: name for setting, name in requested.items() if isinstance(name, str)}
         return {**named, **{COLUMNS + name: name for name in self.columns}}
 
     @property
@@ -65,13 +93,47 @@ class TableOptions:
     def as_json(self) -> dict[str, Any]:
         """Return JSON values for the identity of an index.
 
-        `on_bad_row` is not part of it, because it does not change the rows of a table without bad rows. `columns` is
-        part of it only if there are some, so that the indexes of older versions remain valid.
+        `on_bad_row` is not part of it, because it does not change the rows of a table without bad rows. Newer options are part
+        of it only if they are set, so that the indexes of older versions remain valid.
         """
-        values = {**asdict(self), "columns": list(self.columns)}
+        values = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
+        default = {field.name: field.default for field in fields(self)}
         return {
-            name: value for name, value in values.items() if name != "on_bad_row" and (name, value) != ("columns", [])
+            name: value
+            for name, value in values.items()
+            if name != "on_bad_row" and (name not in _NEWER or getattr(self, name) != default[name])
         }
+
+
+_NEWER = (
+    "columns",
+    "caption_list",
+    "caption_lines",
+    "format",
+    "templates",
+    "header",
+    "val_fraction",
+    "val_seed",
+    "held_out",
+)
+
+
+# Columns of the library `datasets` and of img2dataset
+_IMAGE_COLUMNS, _CAPTION_COLUMNS = ("file_name", "image", "jpg"), ("caption", "text")
+
+
+def conventional(requested: Mapping[str, str], names: Collection[str]) -> dict[str, str]:
+    """Return the requested columns of a table; if it has not the image column that is the default, but one that other tools write, then
+    that, and likewise its caption column.
+    """
+    found = dict(requested)
+    image = next((name for name in _IMAGE_COLUMNS if name in names), None)
+    if found["image_key"] != TableOptions.image_key or found["image_key"] in names or image is None:
+        return found
+    caption = next((name for name in _CAPTION_COLUMNS if name in names), None)
+    if found.get(CAPTION) == TableOptions.caption_key and TableOptions.caption_key not in names and caption is not None:
+        found[CAPTION] = caption
+    return {**found, "image_key": image}
 
 
 # Signatures, by which a changed file is detected.
@@ -90,13 +152,15 @@ class FileSignature(NamedTuple):
 
     @classmethod
     def of(cls, file: Path, files: int = 1) -> "FileSignature":
-        """Compute the signature of a file.
+        """Compute the signature of a file, or of a folder: the names of its files, and sizes and times of those that are texts.
 
         Args:
             files: number of files of the table; with many files, each is sampled less.
 
         Raises: OSError.
         """
+        if file.is_dir():
+            return cls._of_folder(file)
         blocks = min(_MAX_BLOCKS, max(_MIN_BLOCKS, _TOTAL_BLOCKS // files))
         with open(file, "rb", buffering=0) as stream:
             status = os.fstat(stream.fileno())
@@ -110,6 +174,17 @@ class FileSignature(NamedTuple):
         return cls(status.st_size, status.st_mtime_ns, digest.hexdigest())
 
     @classmethod
+    def _of_folder(cls, folder: Path) -> "FileSignature":
+        digest, size = hashlib.sha256(), 0
+        for path in files_in(str(folder)):
+            digest.update(os.fsencode(os.path.relpath(path, folder)) + b"\0")
+            if path.endswith(SIDECARS):
+                status = os.stat(path)
+                size += status.st_size
+                digest.update(f"{status.st_size} {status.st_mtime_ns}".encode())
+        return cls(size, 0, digest.hexdigest())
+
+    @classmethod
     def of_table(cls, file: Path, files: int) -> "FileSignature":
         """Compute the signature of a file that the configuration names.
 
@@ -119,6 +194,37 @@ class FileSignature(NamedTuple):
             return cls.of(file, files)
         except OSError as error:
             raise unreadable(file, error) from error
+
+
+SIDECARS = (".txt", ".json")  # files next to an image of the same name that have its caption
+
+
+def files_in(top: str) -> Iterator[str]:
+    """Yield the files in a folder and its subfolders, except hidden ones, sorted by name within each folder.
+
+    Links are followed, and each folder is visited once.
+    """
+    for folder, names in folders_in(top):
+        yield from (os.path.join(folder, name) for name in names if not name.startswith("."))
+
+
+def folders_in(top: str) -> Iterator[tuple[str, list[str]]]:
+    """Yield a folder and its subfolders except hidden ones, with the names of their files, in order.
+
+    Links are followed, and each folder is visited once.
+    """
+    seen: set[tuple[int, int]] = set()
+    for folder, names, files in os.walk(top, followlinks=True):
+        try:
+            status = os.stat(folder)
+        except OSError:  # removed meanwhile
+            continue
+        if (place := (status.st_dev, status.st_ino)) in seen:
+            names.clear()
+            continue
+        seen.add(place)
+        names[:] = sorted(name for name in names if not name.startswith("."))
+        yield folder, sorted(files)
 
 
 def unreadable(file: Path, error: OSError) -> ConfigError:
@@ -135,21 +241,60 @@ MAX_COLUMN = (
 MAX_EXAMPLES = 1_000  # bad rows per file that are recorded one by one
 
 
-class RowBlock(NamedTuple):
+@dataclass(frozen=True)
+class RowBlock:
     """Good rows of one file, in order."""
 
-    columns: dict[str, pa.Array]  # by setting (`TableOptions.requested`): LargeString, no nulls
-    lines: np.ndarray  # int64: number of the line, Parquet row or shard sample in which each row starts, from 1
-    members: np.ndarray | None = None  # int64 [rows, 2]: offset and size of each image in its shard, bytes
+    columns: dict[str, pa.Array]  # by setting (`TableOptions.requested`): strings or lists of strings, no nulls
+    # By name, each [rows, …]:
+    # - lines, int64: number of the line, Parquet row or shard sample in which each row starts, from 1
+    # - members, int64 [rows, 2]: offset and size of each image, in the file or in the store of images
+    # - caption_columns, int8: which of several caption columns the caption is from
+    numbers: dict[str, np.ndarray]
     extra: dict[str, pa.Array] | None = None  # columns of the filter, as stored in the file
+    images: pa.Array | None = None  # content of each image, to be stored; binary
 
     def __len__(self) -> int:
         return len(self.lines)
 
     @property
+    def lines(self) -> np.ndarray:
+        return self.numbers["lines"]
+
+    @property
     def batch(self) -> pa.RecordBatch:
         """The columns as an Arrow record batch."""
         return pa.RecordBatch.from_arrays(list(self.columns.values()), list(self.columns))
+
+    def take(self, rows: np.ndarray) -> "RowBlock":
+        """Return some rows, in any order and also several times: int64 [n]."""
+        chosen = pa.Array.from_buffers(
+            pa.int64(), len(rows), [None, pa.py_buffer(np.ascontiguousarray(rows, np.int64))]
+        )
+        columns = {name: array.take(chosen) for name, array in self.columns.items()}
+        extra = None if self.extra is None else {name: array.take(chosen) for name, array in self.extra.items()}
+        images = None if self.images is None else self.images.take(chosen)
+        return RowBlock(columns, {name: values[rows] for name, values in self.numbers.items()}, extra, images)
+
+    def keep(self, mask: np.ndarray) -> "RowBlock":
+        """Return the rows for which the mask, bool [rows], is true."""
+        return self if mask.all() else self.take(np.flatnonzero(mask))
+
+    def slice(self, start: int, rows: int) -> "RowBlock":
+        """Return up to `rows` rows from `start`, without a copy. Only for blocks without `extra` and `images`."""
+        if start == 0 and rows >= len(self):
+            return self
+        columns = {name: array.slice(start, rows) for name, array in self.columns.items()}
+        return RowBlock(columns, {name: values[start : start + rows] for name, values in self.numbers.items()})
+
+
+def concat(blocks: Sequence[RowBlock]) -> RowBlock:
+    """Join blocks of the same file or of files of the same kind. Only for blocks without `extra` and `images`."""
+    if len(blocks) == 1:
+        return blocks[0]
+    columns = {name: pa.concat_arrays([block.columns[name] for block in blocks]) for name in blocks[0].columns}
+    numbers = {name: np.concatenate([block.numbers[name] for block in blocks]) for name in blocks[0].numbers}
+    return RowBlock(columns, numbers)
 
 
 @dataclass
@@ -211,6 +356,16 @@ class BadValue(Exception):
         self.reason, self.detail = reason, detail
 
 
+def value_of(setting: str, name: str, value: object) -> str | list[str]:
+    """Return the text of a value, or the captions of a list; see `text_of`. A null in a list is left out.
+
+    Raises: BadValue.
+    """
+    if not is_caption(setting) or not isinstance(value, list):
+        return text_of(setting, name, value)
+    return [text_of(setting, name, each) for each in value if each is not None]
+
+
 def text_of(setting: str, name: str, value: object) -> str:
     """Return the text of a value: a string verbatim, and numbers of a further column as JSON.
 
@@ -223,6 +378,8 @@ def text_of(setting: str, name: str, value: object) -> str:
 
     Raises: BadValue.
     """
+    if value is None and is_optional(setting):
+        return ""
     if setting == "label_key" and (value is None or type(value) is int):
         return "" if value is None else str(value)
     if is_column(setting) and isinstance(value, int | float | list | np.ndarray) and not isinstance(value, bool):
@@ -260,7 +417,7 @@ def _numbers_as_text(setting: str, name: str, value: int | float | list[Any] | n
 
 def what_of(setting: str) -> str:
     """Return the name of a setting's values for messages. Counts by reason distinguish further columns by it."""
-    return _WHAT.get(setting) or f"value of {setting.removeprefix(COLUMNS)}"
+    return _WHAT.get(key_of(setting)) or f"value of {setting.removeprefix(COLUMNS)}"
 
 
 def _named(setting: str, name: str) -> str:
@@ -295,7 +452,8 @@ def no_column(name: str, setting: str, names: Iterable[str], what: str = "column
     shown = ", ".join(repr(_shortened(other)) for other in listed[:20]) or "none"
     key = key_of(setting)
     if setting == "filter":
-        fix = f" Did you mean {nearest!r}?" if nearest else ""
+        # As SQL has it, "train" in double quotes is a column.
+        fix = f"{f' Did you mean {nearest!r}?' if nearest else ''} If it is text, write it in single quotes: '{name}'."
     elif is_column(setting):
         fix = f" Name {nearest or '<one of them>'} in data.columns."
     else:

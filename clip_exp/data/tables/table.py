@@ -20,7 +20,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from clip_exp.data.files import (
+    NO_DECODER,
     NO_SUCH_FILE,
+    NOT_ALLOWED,
     OUTSIDE_ROOT,
     TOO_MANY_BYTES,
     ImageLimits,
@@ -29,11 +31,12 @@ from clip_exp.data.files import (
     read_from_root,
     read_member,
 )
+from clip_exp.data.tables.captions import COLUMN
 from clip_exp.data.tables.columns import int32_numpy, string_array
 from clip_exp.data.tables.features import Shape, parse_numbers, shape_of
-from clip_exp.data.tables.filters import UnconvertedValues, as_json, merge_unconverted
 from clip_exp.data.tables.reader import COLUMNS, RowBlock, is_column
 from clip_exp.data.tables.scan import BATCH_ROWS, ScannedFile
+from clip_exp.data.tables.unconverted import UnconvertedValues, as_json, merge_unconverted
 
 COMPARED_ROWS = 1000  # rows of a table that are looked for in another one
 
@@ -76,8 +79,12 @@ class StoredRows(Protocol):
     # Batches of `BATCH_ROWS` rows (the last may be smaller), with a column of strings per setting.
     batches: Sequence[pa.RecordBatch]
     lines: np.ndarray  # int64 [rows]: line in which each row starts, from 1
-    # int64 [rows, 2]: offset and size of each image in its shard; None if images are files.
+    # int64 [rows, 2]: offset and size of each image in `images` or its shard; None if images are files.
     members: np.ndarray | None
+    # int8 [rows]: which of several caption columns each caption is from; None if there is one column.
+    caption_columns: np.ndarray | None
+    # File with all images; None: the files of the table have them.
+    images: Path | None
 
     @property
     def groups(self) -> ImageGroups | None:
@@ -95,7 +102,8 @@ class PairTable:
     Attributes:
         paths, captions, labels: Arrow strings, one value per row; captions and labels are None unless requested.
         lines: int64 [rows]: line in which each row starts, from 1.
-        members: int64 [rows, 2]: offset and size of each image in its shard; None if images are files.
+        members: int64 [rows, 2]: offset and size of each image in a file; None if images are files.
+        caption_columns: int8 [rows]: which of several caption columns each caption is from; None if there is one column.
         shapes: further columns by name: shape of the numbers in each row, or None for texts.
     """
 
@@ -103,7 +111,7 @@ class PairTable:
 
     def __init__(self, rows: StoredRows, parts: tuple[Part, ...]) -> None:
         self._rows, self.parts = rows, parts
-        self.lines, self.members = rows.lines, rows.members
+        self.lines, self.members, self.caption_columns = rows.lines, rows.members, rows.caption_columns
         names = rows.batches[0].schema.names
         self._columns = {name: [batch.column(name) for batch in rows.batches] for name in names}
         self.paths: pa.ChunkedArray = pa.chunked_array(self._columns["image_key"])
@@ -234,7 +242,11 @@ class PairTable:
         if self.members is None:
             return read_from_root(self.part(row).root, self.path(row), limits)
         offset, size = self.members[row].tolist()
-        return read_member(self.part(row).path, offset, size, limits)
+        return read_member(self.container(row), offset, size, limits)
+
+    def container(self, row: int) -> Path:
+        """Return the file that has the content of an image at the offset in `members`."""
+        return self._rows.images or self.part(row).path
 
     def caption(self, row: int) -> str:
         """Return the caption, verbatim."""
@@ -276,12 +288,14 @@ class PairTable:
                 "Images are read from files, not from URLs: download them first (img2dataset writes shards from such "
                 "a table)."
             )
-        if kind == NO_SUCH_FILE and "\\" in path:
-            return "Use slashes in paths, not backslashes."
         if kind == NO_SUCH_FILE and self.members is None:
             return f"Relative paths start from {self.root}: set data.image_root."
         if kind == TOO_MANY_BYTES:
             return "Increase data.max_image_bytes, or use smaller images."
+        if kind == NO_DECODER:
+            return ""  # the reason says what to install
+        if kind == NOT_ALLOWED:
+            return "Add their format to data.image_formats, or convert the images."
         return "Recreate the shards." if self.members is not None else "Repair the images."
 
     def unreadable(self, row: int, reason: str, setting: str) -> str:
@@ -317,24 +331,46 @@ class RowsInMemory:
     Args:
         blocks: blocks of `BATCH_ROWS` rows from `tables.scan`.
         rows, roots: see `group_images`.
+        images: file with all images; None: the files of the table have them.
     """
 
-    def __init__(self, blocks: Sequence[RowBlock], rows: Sequence[int], roots: Sequence[Path]) -> None:
+    def __init__(
+        self, blocks: Sequence[RowBlock], rows: Sequence[int], roots: Sequence[Path], images: Path | None
+    ) -> None:
         self.batches: Sequence[pa.RecordBatch] = [block.batch for block in blocks]
-        self.lines = np.concatenate([block.lines for block in blocks])
-        members = [block.members for block in blocks if block.members is not None]
-        self.members: np.ndarray | None = np.concatenate(members) if members else None
+        numbers = {name: np.concatenate([block.numbers[name] for block in blocks]) for name in blocks[0].numbers}
+        self.lines = numbers["lines"]
+        self.members: np.ndarray | None = numbers.get("members")
+        self.caption_columns: np.ndarray | None = numbers.get(COLUMN)
+        self.images = images
         self._rows, self._roots = rows, roots
 
     @cached_property
     def groups(self) -> ImageGroups | None:
         if self.members is not None:
-            return None
+            return group_members(self.members, self._rows)
         paths = pa.chunked_array([batch.column("image_key") for batch in self.batches])
         return group_images(paths, self._rows, self._roots)
 
 
 # Grouping of rows by image.
+
+
+def group_members(members: np.ndarray, rows: Sequence[int]) -> ImageGroups | None:
+    """Group the rows by image; return None if every row has its own image.
+
+    Args:
+        members: int64 [rows, 2]: offset and size of each image. Rows of the same image follow each other.
+        rows: number of rows of each file of the table.
+    """
+    starts = np.ones(len(members), dtype=bool)
+    starts[1:] = (members[1:] != members[:-1]).any(axis=1)
+    starts[np.cumsum(rows)[:-1]] = True
+    if starts.all():
+        return None
+    order = np.arange(len(members), dtype=np.int32)
+    image_index = (np.cumsum(starts) - 1).astype(np.int32)
+    return ImageGroups(image_index, order, offsets=np.append(np.flatnonzero(starts), len(members)))
 
 
 def group_images(paths: pa.ChunkedArray, rows: Sequence[int], roots: Sequence[Path]) -> ImageGroups | None:

@@ -1,6 +1,7 @@
 """Labeled images of an evaluation: `LabeledImages` from a `LabeledDataConfig`. Does not import torch."""
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -167,39 +168,56 @@ def require_tables(tables: Any, where: str) -> None:
 
     Args:
         tables: path or pattern, or a list of them.
-        where: key of the task, for messages.
+        where: key of the task, for messages; empty for a command that has the keys itself.
 
     Raises:
         ConfigError: a table does not exist, or a pattern matches no file.
     """
+    at = f"{where}." if where else ""
     given = [tables] if isinstance(tables, str) else tables
     if not isinstance(given, list) or not given or not all(isinstance(table, str) for table in given):
-        raise ConfigError(f"{where}.table={tables} must be a file, a pattern, or a list of those.")
+        raise ConfigError(f"{at}table={tables} must be a file, a pattern, or a list of those.")
     try:
         expand(given)
     except ConfigError as error:
-        raise ConfigError(f"{where}.table: {error}") from error
+        raise ConfigError(f"{at}table: {error}") from error
 
 
 def read_pairs(
-    table: Any, where: str, data: TableConfig, *, caption_key: str | None = None, label_key: str | None = None
+    table: Any,
+    where: str,
+    data: TableConfig,
+    *,
+    caption_key: str | Sequence[str] | None = None,
+    label_key: str | None = None,
+    columns: Sequence[str] = (),
 ) -> PairTable:
     """Read a table (`data.tables.read_table`), with the keys of the task in error messages instead of those of a run."""
+    at = f"{where}." if where else ""
     try:
         return read_table(
             table,
             image_key=data.image_key,
-            caption_key=caption_key,
+            caption_key=tuple(caption_key) if isinstance(caption_key, list) else caption_key,
             label_key=label_key,
+            columns=tuple(columns),
             image_root=data.image_root,
+            caption_list=data.caption_list,
+            caption_lines=data.caption_lines,
+            format=data.table_format,
+            header=tuple(data.header) if isinstance(data.header, list) else data.header,
+            val_fraction=data.held_out_fraction,
+            val_seed=data.held_out_seed,
+            held_out=data.held_out_fraction is not None,
             separator=data.separator,
             encoding=data.encoding,
             on_bad_row=data.on_bad_row,
             filter=data.filter,
         )
     except (ConfigError, DataError) as error:
-        keys = "image_key|caption_key|label_key|image_root|separator|encoding|on_bad_row|filter"
-        raise type(error)(re.sub(rf"\bdata\.({keys})\b", rf"{where}.\1", str(error))) from error
+        keys = f"caption_key|label_key|columns|{'|'.join(TableConfig.model_fields)}"
+        message = str(error).replace("data.format", f"{at}table_format")
+        raise type(error)(re.sub(rf"\bdata\.({keys})\b", rf"{at}\1", message)) from error
 
 
 def from_table(table: Any, data: LabeledDataConfig, where: str = "task") -> LabeledImages:

@@ -16,7 +16,24 @@ from clip_exp.data.image_sets import ImageSet, warn_similar_labels
 from clip_exp.errors import ConfigError, DataError
 from clip_exp.evaluation.sets.class_names import CLASS_SETS, class_set, imagenet_index, read_names
 
-IMAGE_SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"))
+IMAGE_SUFFIXES = frozenset(
+    (
+        ".jpg",
+        ".jpeg",
+        ".png",
+        ".webp",
+        ".bmp",
+        ".gif",
+        ".tif",
+        ".tiff",
+        ".avif",
+        ".heic",
+        ".heif",
+        ".hif",
+        ".ppm",
+        ".pgm",
+    )
+)
 WNID = re.compile(r"n\d{8}$")
 ACCEPTED = (
     f"labels, {', '.join(CLASS_SETS)}, objectnet, a list, a mapping of label to name, or a file of one of these (text with "

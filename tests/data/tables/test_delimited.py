@@ -217,13 +217,18 @@ def test_a_filter_sees_columns_that_are_not_read_otherwise(tmp_path):
     assert columns(table) == [("a.jpg", "x"), ("d.jpg", "w")]
     assert table.lines.tolist() == [2, 5]
     assert columns(read_table(file, filter="score > 0.3", max_rows=1)) == [("a.jpg", "x")]
-    assert columns(read_table(file, filter="score < 0.3 and title != 'x'")) == [("b.jpg", "y")]
+    assert columns(read_table(file, filter="score < 0.3 AND title <> 'x'")) == [("b.jpg", "y")]
 
 
 def test_a_filter_must_name_a_column_and_leave_rows(tmp_path):
     file = write(tmp_path / "t.csv", SCORED)
     with pytest.raises(DataError, match=r"no column 'scor' \(data\.filter\).*Did you mean 'score'"):
         read_table(file, filter="scor > 0.3")
+    # In Python, double quotes are text; in SQL, they are a column.
+    with pytest.raises(DataError, match=r"no column 'train' \(data\.filter\).*write it in single quotes: 'train'"):
+        read_table(file, filter='title == "train"')
+    with pytest.raises(DataError, match=r"no column 'Score' \(data\.filter\).*Did you mean 'score'"):
+        read_table(file, filter="Score > 0.3")
     with pytest.raises(DataError, match=r"no row matches data\.filter=score > 3"):
         read_table(file, filter="score > 3")
     with pytest.raises(DataError, match="2 columns named 'score'"):

@@ -6,10 +6,10 @@ import tarfile
 import pytest
 
 from clip_exp.data.files import BadImage, ImageLimits
-from clip_exp.data.tables import shards
+from clip_exp.data.tables import records, shards
 from clip_exp.data.tables.open import read_table
 from clip_exp.data.tables.reader import TableOptions
-from clip_exp.data.tables.shards import members
+from clip_exp.data.tables.tar import members
 from clip_exp.errors import DataError
 from tests.data.tables.shard_files import jpeg, write_shard
 
@@ -37,7 +37,7 @@ def test_a_real_shard_has_the_samples_that_tarfile_finds(real_data):
     assert table.image_path(0) == f"{file}/{table.path(0)}"
     by_json = read_table(file, caption_key="caption")
     assert [by_json.caption(row) for row in range(32)] == [table.caption(row) for row in range(32)]
-    wide = read_table(file, filter="original_width > 1000 and 'a' in caption")
+    wide = read_table(file, filter="original_width > 1000 AND caption LIKE '%a%'")
     assert 0 < len(wide) < 32
     assert rows(wide)[0] in rows(table)
 
@@ -93,7 +93,7 @@ def odd(kind: bytes, linkname: str = "") -> tarfile.TarInfo:
 BAD = [
     ({"b.txt": "x"}, "no image", "no image among the members txt"),
     ({"b.jpg": b"x"}, "no caption", r"no member \.title; check data.caption_key"),
-    ({"b.jpg": b"x", "b.json": {"caption": "x"}}, "no caption", "its .json has only 'caption'"),
+    ({"b.jpg": b"x", "b.json": {"text": "x"}}, "no caption", "its .json has only 'text'"),
     ({"b.jpg": b"x", "b.json": {"title": None}}, "no caption", "missing or null"),
     ({"b.jpg": b"x", "b.json": {"title": 7}}, "the caption is not text", "a number: 7"),
     ({"b.jpg": b"x", "b.json": "[1]"}, "not an object", "is not an object"),
@@ -237,17 +237,17 @@ def test_long_lists_of_a_filter_come_in_smaller_blocks(tmp_path, monkeypatch):
     for i in range(6):
         contents |= {f"{i}.jpg": b"x" * 2_000, f"{i}.txt": "x", f"{i}.json": {"boxes": [1, 2], "more": "x"}}
     file = write_shard(tmp_path / "s.tar", contents)
-    monkeypatch.setattr(shards, "_BLOCK_BYTES", 10_000)
+    monkeypatch.setattr(records, "_BLOCK_BYTES", 100)
     blocks = list(shards.ShardReader(file, TableOptions(filter="len(boxes) > 1")).blocks())
     assert [len(block) for block in blocks] == [4, 2]
     assert all(set(block.extra) == {"boxes"} for block in blocks)
 
 
 def test_broken_pax_records_are_reported(tmp_path):
-    for records in (b"x", b"99 path=a\n", b"3 =\n", b"0 path=a\n", b"5 a=\n" * 1_000 + b"-1 path=a\n", b"1" * 5_000):
+    for written in (b"x", b"99 path=a\n", b"3 =\n", b"0 path=a\n", b"5 a=\n" * 1_000 + b"-1 path=a\n", b"1" * 5_000):
         header = tarfile.TarInfo("pax")
-        header.type, header.size = tarfile.XHDTYPE, len(records)
-        data = header.tobuf() + records + bytes(-len(records) % 512)
+        header.type, header.size = tarfile.XHDTYPE, len(written)
+        data = header.tobuf() + written + bytes(-len(written) % 512)
         (tmp_path / "s.tar").write_bytes(data + whole_shard(tmp_path / "s.tar"))
         with pytest.raises(DataError, match=r"the pax header at byte 0 is broken"):
             read_table(tmp_path / "s.tar")
@@ -280,8 +280,8 @@ def test_a_filter_sees_the_json_the_members_and_the_caption(tmp_path):
         record = {} if i == 4 else {"width": width}
         contents |= {f"{i}.jpg": b"x", f"{i}.json": record, f"{i}.txt": f"dog {i}"}
     assert [row[0] for row in rows(read(tmp_path, contents, filter="width >= 256"))] == ["1.jpg", "3.jpg"]
-    assert len(read(tmp_path, contents, filter="'dog' in title and not '3' in title")) == 4
-    assert len(read(tmp_path, contents, filter="'3' in txt", caption_key=None)) == 1
+    assert len(read(tmp_path, contents, filter="title LIKE '%dog%' AND title NOT LIKE '%3%'")) == 4
+    assert len(read(tmp_path, contents, filter="contains(txt, '3')", caption_key=None)) == 1
     with pytest.raises(DataError, match=r"no column 'widht' \(data.filter\).*'width'.*Did you mean 'width'"):
         read(tmp_path, contents, filter="widht >= 256")
 

@@ -11,6 +11,7 @@ from PIL import Image
 from scipy.io import savemat
 
 from clip_exp.config.evaluation import LabeledDataConfig
+from clip_exp.data.files import ImageLimits
 from clip_exp.errors import ConfigError, DataError
 from clip_exp.evaluation.sets.datasets import labeled_images
 from clip_exp.evaluation.sets.labeled import LabeledImages
@@ -212,7 +213,7 @@ def test_objectnet_is_its_overlap_with_imagenet_without_the_frame(objectnet: Pat
         assert images.imagenet == [[409, 530], [954]]
         assert images.labels == [0, 1]
         assert (images.about["left_out_classes"], images.about["left_out_images"]) == (1, 2)
-        image = images.images.open(0, 10**6)
+        image = images.images.open(0, ImageLimits(10**6))
         whole = Image.open(objectnet / "images" / "alarm_clock" / "1.png")
         assert np.array_equal(np.asarray(image), np.asarray(whole)[2:-2, 2:-2])
 

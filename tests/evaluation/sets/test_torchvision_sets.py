@@ -13,7 +13,7 @@ import pytest
 import torchvision.datasets
 
 from clip_exp.config.evaluation import LabeledDataConfig
-from clip_exp.data.files import BadImage
+from clip_exp.data.files import BadImage, ImageLimits
 from clip_exp.errors import ConfigError, DataError
 from clip_exp.evaluation.sets.datasets import labeled_images
 from clip_exp.evaluation.sets.labeled import LabeledImages
@@ -119,7 +119,7 @@ def test_image_sets_labels_and_names_are_those_of_torchvisions_class(tmp_path: P
     for position, index in enumerate(order):
         theirs, label = dataset[index]
         assert images.labels[position] == label
-        mine = images.images.open(position, 10**9)
+        mine = images.images.open(position, ImageLimits(10**9))
         assert np.array_equal(np.asarray(mine.convert("RGB")), np.asarray(theirs.convert("RGB")))
 
 
@@ -148,12 +148,14 @@ def test_files_of_cifar_with_other_checksums_are_read_and_listed_in_the_protocol
     images = read(tmp_path, "CIFAR10")
     assert images.class_names == CLASSES
     assert list(images.labels) == [index % 10 for index in range(13)]
-    assert np.array_equal(np.asarray(images.images.open(12, 10**9)), cifar10_pixels(tmp_path)[12])
+    assert np.array_equal(np.asarray(images.images.open(12, ImageLimits(10**9))), cifar10_pixels(tmp_path)[12])
     assert images.about["files_with_other_checksum"] == ["test_batch"]
     assert "other checksums than in torchvision" in caplog.text
     train = read(tmp_path, "CIFAR10", "train")
     assert len(train.labels) == 65
-    assert np.array_equal(np.asarray(train.images.open(14, 10**9)), cifar10_pixels(tmp_path, "data_batch_2")[1])
+    assert np.array_equal(
+        np.asarray(train.images.open(14, ImageLimits(10**9))), cifar10_pixels(tmp_path, "data_batch_2")[1]
+    )
 
 
 class Command:
@@ -255,6 +257,6 @@ def test_a_broken_file_is_a_bad_image_and_a_change_changes_the_fingerprint(tmp_p
     (tmp_path / "food-101" / "images" / "apple_pie" / "2.jpg").write_bytes(b"no image")
     assert images.images.fingerprint() != before
     with pytest.raises(BadImage, match=r"^not an image$"):
-        images.images.open(1, 10**9)
+        images.images.open(1, ImageLimits(10**9))
     with pytest.raises(BadImage, match="more than max_image_pixels=100"):
-        images.images.open(0, 100)
+        images.images.open(0, ImageLimits(100))

@@ -29,7 +29,7 @@ class RetrievalTaskConfig(TableConfig, TaskConfig):
         None,
         description="table with `image_key` and `caption_key`, shards, a pattern, or a list of them; null: the validation data of the run",
     )
-    caption_key: str = Field("title", description="column of captions")
+    caption_key: str | list[str] = Field("title", description="column of captions, or several columns")
 
     title: ClassVar[str] = "Retrieval"
     headline: ClassVar[tuple[str, ...]] = ("recall@1_i2t", "recall@1_t2i", "median_rank_i2t", "median_rank_t2i")
@@ -136,7 +136,7 @@ class RetrievalTask(Task):
                 **copies,
                 "image_to_text": "hit if any caption of the image is in the top k",
             }
-            details = examples(image_features, text_features, rows, encoded.kept, captions, self.images)
+            details = examples(image_features, text_features, rows, encoded.kept, captions, self.images, encoded.limits)
             return Result(retrieval(image_features, text_features, rows), protocol, details)
 
         return compute_result

@@ -1,9 +1,13 @@
-"""Reader for Parquet, which reads only the requested columns."""
+"""Readers for Parquet and Arrow, which read only the requested columns.
 
+The image column has paths, or the images themselves: binary, or a struct of `bytes` and `path` as the library `datasets` writes it.
+"""
+
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import pyarrow as pa
@@ -17,13 +21,18 @@ from clip_exp.data.tables.reader import (
     BadValue,
     RowBlock,
     TableOptions,
+    absent,
+    conventional,
+    is_caption,
     is_column,
+    is_optional,
     key_of,
     longer_than,
     max_length,
     no_column,
     text_of,
     unreadable,
+    value_of,
 )
 from clip_exp.errors import DataError
 
@@ -37,64 +46,56 @@ _BUFFER_BYTES = 1 << 20
 _SMALL_BYTES = 16 << 20  # columns of a row group up to this size are cheap to read as a dictionary
 _MAX_BYTES = 4 * MAX_CAPTION  # a text with more bytes has too many characters, whatever they are
 _REQUIRED_TYPES = {
-    "image_key": "but it must be the paths of image files, as strings; to embed images, write WebDataset shards",
-    "caption_key": "but captions must be strings",
+    "image_key": "but it must be the paths of image files, as strings, or images: binary, or a struct of bytes and path",
+    "caption_key": "but captions must be strings or lists of strings",
     "label_key": "but labels must be strings or integers",
     "columns": "but further columns must be strings, numbers or lists of numbers",
     "filter": "which a filter cannot compare",
 }
 
 
-class ParquetReader:
-    """`tables.reader.Reader` for Parquet.
+class ColumnReader(ABC):
+    """`tables.reader.Reader` for a format with typed columns.
 
-    Paths and captions must be strings, plain or dictionary-encoded. Labels may also be integers, and further columns numbers
-    or lists of numbers. A null makes a bad row, except for a label, where it is the empty label.
+    Paths must be strings, plain or dictionary-encoded, and captions strings or lists of strings. Labels may also be integers, and
+    further columns numbers or lists of numbers. A null makes a bad row, except for a label, where it is the empty label.
 
     Args:
         path: existing file.
         options: columns and rows to read.
     """
 
+    format: ClassVar[str]
+
     def __init__(self, path: Path, options: TableOptions) -> None:
-        self.path, self.requested = path, options.requested
+        self.path, self.options = path, options
+        self.requested = options.requested
         self.filtered = sorted(options.filtered)
         self.bad = BadRows(path, options.on_bad_row is OnBadRow.skip, unit="row")
         self.bytes_read = 0
+        self._paths_only: bool | None = None  # whether a struct of images has only their paths
+
+    @abstractmethod
+    def _batches(self) -> Iterator[tuple[pa.RecordBatch, int]]:
+        """Yield batches of the requested columns, each with the position of its end, in bytes."""
 
     def blocks(self) -> Iterator[RowBlock]:
         """See `tables.reader.Reader`."""
         rows = 0
         try:
-            size = self.path.stat().st_size
-            for batch, of_all in self._batches():
+            for batch, position in self._batches():
                 yield self._block(batch, rows)
                 rows += len(batch)
-                self.bytes_read = size * rows // of_all
+                self.bytes_read = position
         except PermissionError as error:
             raise unreadable(self.path, error) from error
         except (pa.ArrowException, OSError, ValueError, MemoryError) as error:
             reason = str(error).partition("\n")[0].rstrip(". ") or type(error).__name__
             fix = "Decrypt it." if "crypt" in reason.lower() else "Check that the file is complete."
-            raise DataError(f"{self.path} cannot be read as Parquet after row {rows}: {reason}. {fix}") from error
-
-    def _batches(self) -> Iterator[tuple[pa.RecordBatch, int]]:
-        """Yield batches of the requested columns, each with the number of rows of the file."""
-        import pyarrow.parquet as pq  # imported here, because it takes 0.1 s that other formats do not need
-
-        open_file = partial(pq.ParquetFile, self.path, pre_buffer=False, buffer_size=_BUFFER_BYTES)
-        with open_file() as file:
-            self._check_columns(file.schema_arrow)
-            requested = list(dict.fromkeys(self.requested.values()))
-            names = list(dict.fromkeys([*requested, *self.filtered]))
-            texts = [name for name in requested if _is_text(file.schema_arrow.field(name).type)]
-            with open_file(read_dictionary=texts) as coded:
-                for group in range(file.num_row_groups):
-                    rows, repeats = _reading_strategy(coded, group, requested)
-                    batches = (coded if repeats else file).iter_batches(rows, row_groups=[group], columns=names)
-                    yield from ((batch, file.metadata.num_rows) for batch in batches)
+            raise DataError(f"{self.path} cannot be read as {self.format} after row {rows}: {reason}. {fix}") from error
 
     def _check_columns(self, schema: pa.Schema) -> None:
+        self.requested = conventional(self.requested, schema.names)
         requested = [*self.requested.items(), *(("filter", name) for name in self.filtered)]
         for setting, name in requested:
             count = schema.names.count(name)
@@ -114,7 +115,23 @@ class ParquetReader:
         columns, too_long = {}, {}
         numbers: dict[str, np.ndarray | list[Any]] = {}
         suspicious = np.zeros(len(batch), dtype=bool)
+        images: pa.Array | None = None
+        members: np.ndarray | None = None
+        no_image = np.zeros(len(batch), dtype=bool)
         for setting, name in self.requested.items():
+            if setting == "image_key" and not _is_text(_value_type(batch.column(name).type)):
+                content, columns[setting] = self._images(batch.column(name), lines)
+                if content is not None:
+                    no_image = bool_numpy(pc.is_null(content))
+                    members = self._positions(content)
+                    images = pc.cast(content, pa.large_binary()) if members is None else None
+                    suspicious |= no_image
+                    continue
+                batch = batch.set_column(batch.schema.names.index(name), name, columns[setting])
+            if is_caption(setting) and is_list(_value_type(batch.column(name).type)):
+                columns[setting], faults = _text_lists(setting, batch.column(name))
+                suspicious |= faults
+                continue
             if is_column(setting) and not _is_text(_value_type(batch.column(name).type)):
                 numbers[setting] = rows_of_numbers(batch.column(name))
                 columns[setting], faults = _as_json(setting, name, numbers[setting])
@@ -124,29 +141,128 @@ class ParquetReader:
             if pa.types.is_dictionary(column.type):
                 column = column.dictionary_decode()
             column = pc.cast(column, pa.large_string())
-            columns[setting] = pc.fill_null(column, "") if setting == "label_key" else column
+            columns[setting] = pc.fill_null(column, "") if setting == "label_key" or is_optional(setting) else column
             suspicious |= too_long[setting] | _suspicious(setting, columns[setting])
         good = np.ones(len(batch), dtype=bool)
         for row in np.flatnonzero(suspicious).tolist():
             try:
+                if no_image[row]:
+                    raise BadValue(*absent("image_key", self.requested["image_key"]))
                 for setting, rows in too_long.items():
                     if rows[row]:
                         measure = f"more than {4 * max_length(setting):,} bytes"
                         raise BadValue(*longer_than(setting, self.requested[setting], measure))
                 for setting, name in self.requested.items():
                     stored = numbers[setting][row] if setting in numbers else columns[setting][row].as_py()
-                    text_of(setting, name, stored)
+                    value_of(setting, name, stored)
             except (BadValue, UnicodeDecodeError) as error:
                 good[row] = False
                 if isinstance(error, UnicodeDecodeError):
                     error = BadValue("not UTF-8", f"a text is not UTF-8 ({error.reason} at byte {error.start})")
                 self.bad.add(int(lines[row]), error.reason, error.detail)
         extra = {name: batch.column(name) for name in self.filtered}
-        if not good.all():
-            keep = pa.Array.from_buffers(pa.int64(), int(good.sum()), [None, pa.py_buffer(np.flatnonzero(good))])
-            columns = {setting: column.take(keep) for setting, column in columns.items()}
-            extra = {name: column.take(keep) for name, column in extra.items()}
-        return RowBlock(columns, lines[good], None, extra if self.filtered else None)
+        found = {"lines": lines} if members is None else {"lines": lines, "members": members}
+        return RowBlock(columns, found, extra or None, images).keep(good)
+
+    def _images(self, column: pa.Array, lines: np.ndarray) -> tuple[pa.Array | None, pa.Array]:
+        """Return the content of the images and their names, or None and their paths if the column has only those."""
+        if _is_binary(column.type):
+            return column, string_array([str(line) for line in lines.tolist()])
+        content = pc.struct_field(column, "bytes")
+        has_paths = "path" in _field_names(column.type)
+        paths = pc.struct_field(column, "path") if has_paths else pa.nulls(len(column), pa.string())
+        if self._paths_only is None:
+            self._paths_only = has_paths and content.null_count == len(content) and paths.null_count < len(paths)
+        if self._paths_only:
+            return None, pc.cast(paths, pa.large_string())
+        named = zip(paths.to_pylist(), lines.tolist(), strict=True)
+        return content, string_array([path or str(line) for path, line in named])
+
+    def _positions(self, images: pa.Array) -> np.ndarray | None:
+        """Return offset and size of each image in the file, int64 [rows, 2]; None if they cannot be read from there."""
+        return None
+
+
+class ParquetReader(ColumnReader):
+    """Reader for Parquet."""
+
+    format = "Parquet"
+
+    def _batches(self) -> Iterator[tuple[pa.RecordBatch, int]]:
+        import pyarrow.parquet as pq  # imported here, because it takes 0.1 s that other formats do not need
+
+        open_file = partial(pq.ParquetFile, self.path, pre_buffer=False, buffer_size=_BUFFER_BYTES)
+        with open_file() as file:
+            self._check_columns(file.schema_arrow)
+            size, done = self.path.stat().st_size, 0
+            requested = list(dict.fromkeys(self.requested.values()))
+            names = list(dict.fromkeys([*requested, *self.filtered]))
+            texts = [name for name in requested if _is_text(file.schema_arrow.field(name).type)]
+            with open_file(read_dictionary=texts) as coded:
+                for group in range(file.num_row_groups):
+                    rows, repeats = _reading_strategy(coded, group, requested)
+                    for batch in (coded if repeats else file).iter_batches(rows, row_groups=[group], columns=names):
+                        done += len(batch)
+                        yield batch, size * done // file.metadata.num_rows
+
+
+class ArrowReader(ColumnReader):
+    """Reader for Arrow's IPC formats, stream and file, as `datasets.save_to_disk` writes them.
+
+    Images are read where they are in the file, unless it is compressed.
+    """
+
+    format = "Arrow"
+
+    def _batches(self) -> Iterator[tuple[pa.RecordBatch, int]]:
+        with pa.memory_map(str(self.path)) as source:
+            self._content = source.read_buffer()
+        size = self._content.size
+        try:
+            opened = pa.ipc.open_file(self._content)
+            batches = (opened.get_batch(i) for i in range(opened.num_record_batches))
+        except pa.ArrowInvalid:
+            opened = batches = pa.ipc.open_stream(self._content)
+        self._check_columns(opened.schema)
+        names = list(dict.fromkeys([*self.requested.values(), *self.filtered]))
+        for batch in batches:
+            for start in range(0, len(batch), _BLOCK_ROWS):
+                yield batch.select(names).slice(start, _BLOCK_ROWS), size  # mapped: it is read where it is used
+
+    def _positions(self, images: pa.Array) -> np.ndarray | None:
+        _, ends, data = images.buffers()
+        if data is None or not 0 <= (start := data.address - self._content.address) < self._content.size:
+            return None
+        dtype = np.int64 if pa.types.is_large_binary(images.type) else np.int32
+        bounds = np.frombuffer(ends, dtype)[images.offset : images.offset + len(images) + 1].astype(np.int64)
+        return np.stack([start + bounds[:-1], np.diff(bounds)], axis=1)
+
+
+# Images and captions in columns.
+
+
+def _is_binary(kind: pa.DataType) -> bool:
+    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
+
+
+def _field_names(kind: pa.StructType) -> list[str]:
+    return [kind.field(i).name for i in range(kind.num_fields)]
+
+
+def _text_lists(setting: str, column: pa.Array) -> tuple[pa.LargeListArray, np.ndarray]:
+    """Return lists of captions without nulls, and bool [rows], True for rows that may be bad."""
+    if pa.types.is_dictionary(column.type):
+        column = column.dictionary_decode()
+    valid, texts = pc.is_valid(column), pc.list_flatten(column)
+    row = pc.list_parent_indices(column)
+    present = pc.is_valid(texts)
+    texts, row = pc.cast(texts.filter(present), pa.large_string()), row.filter(present)
+    row_of = np.array(row.to_pylist(), dtype=np.int64)
+    offsets = np.concatenate([[0], np.cumsum(np.bincount(row_of, minlength=len(column)))]).astype(np.int64)
+    faults = ~bool_numpy(valid)
+    faults[row_of[_suspicious(setting, texts)]] = True
+    ends = pa.Array.from_buffers(pa.int64(), len(offsets), [None, pa.py_buffer(offsets)])
+    return pa.LargeListArray.from_arrays(ends, texts), faults
 
 
 def _reading_strategy(coded: "ParquetFile", group: int, names: list[str]) -> tuple[int, bool]:
@@ -178,7 +294,12 @@ def _fits(setting: str, kind: pa.DataType) -> bool:
     kind = _value_type(kind)
     if setting == "filter" and (pa.types.is_list(kind) or pa.types.is_large_list(kind)):
         kind = kind.value_type
-    if (text := _is_text(kind)) or setting in ("image_key", "caption_key"):
+    if (text := _is_text(kind)) or (is_caption(setting) and is_list(kind) and _is_text(kind.value_type)):
+        return True
+    if setting == "image_key":
+        is_struct = pa.types.is_struct(kind) and "bytes" in _field_names(kind)
+        return _is_binary(kind) or (is_struct and _is_binary(kind.field("bytes").type))
+    if is_caption(setting):
         return text
     if setting == "label_key":
         return pa.types.is_integer(kind)
