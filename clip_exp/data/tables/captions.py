@@ -12,8 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from clip_exp.data.tables.columns import bool_numpy, int32_numpy, is_list, string_array, string_buffers, trimmed
-from clip_exp.data.tables.reader import BadRows, RowBlock, TableOptions, is_caption, text_of
-from clip_exp.data.tables.reader import BadValue as _BadValue
+from clip_exp.data.tables.reader import BadRows, BadValue, RowBlock, TableOptions, is_caption, text_of
 
 COLUMN = "caption_columns"  # name of the numbers that say from which of several columns a caption is
 
@@ -88,13 +87,13 @@ def _split(
         for row, text in zip(row_of.tolist(), texts.to_pylist(), strict=True):
             try:
                 found.append([text_of(setting, name, each) for each in split(text)])
-            except (_BadValue, ValueError) as error:
+            except (BadValue, ValueError) as error:
                 found.append([])
                 if good[row]:
                     good[row] = False
                     detail = f"the caption {name!r} is not a list of texts (data.caption_list): {_start(text)}"
                     bad.add(
-                        int(block.lines[row]), "not a list", error.detail if isinstance(error, _BadValue) else detail
+                        int(block.lines[row]), "not a list", error.detail if isinstance(error, BadValue) else detail
                     )
         lengths = np.bincount(row_of, [len(each) for each in found], minlength=len(block)).astype(np.int64)
         texts = string_array([text for each in found for text in each])
@@ -114,13 +113,14 @@ def parse_list(text: str) -> list[str]:
 
     Raises: ValueError if it starts as a list and is none.
     """
-    if not text.lstrip().startswith(("[", "(")):
+    written = text.strip()
+    if (written[:1], written[-1:]) not in (("[", "]"), ("(", ")")):
         return [text]
     try:
-        value = json.loads(text)
+        value = json.loads(written)
     except (ValueError, RecursionError):
         try:
-            value = ast.literal_eval(text.strip())
+            value = ast.literal_eval(written)
         except (SyntaxError, MemoryError, RecursionError, TypeError) as error:
             raise ValueError("not a list") from error
     if not isinstance(value, list | tuple) or not all(isinstance(each, str | None) for each in value):

@@ -225,9 +225,11 @@ class ArrowReader(ColumnReader):
             opened = batches = pa.ipc.open_stream(self._content)
         self._check_columns(opened.schema)
         names = list(dict.fromkeys([*self.requested.values(), *self.filtered]))
-        for batch in batches:
+        for whole in batches:
+            batch = whole.select(names)
+            batch.validate(full=True)  # a damaged file may have offsets that lead out of it
             for start in range(0, len(batch), _BLOCK_ROWS):
-                yield batch.select(names).slice(start, _BLOCK_ROWS), size  # mapped: it is read where it is used
+                yield batch.slice(start, _BLOCK_ROWS), size  # mapped: it is read where it is used
 
     def _positions(self, images: pa.Array) -> np.ndarray | None:
         _, ends, data = images.buffers()

@@ -134,10 +134,10 @@ class DocumentReader:
                 raise DataError(
                     f"{self.path} has annotations without captions: name the file of captions, captions_….json."
                 )
-            captions[annotation.get("image_id")].append(annotation["caption"])
+            captions[repr(annotation.get("image_id"))].append(annotation["caption"])
         for image in document["images"]:
             if isinstance(image, dict):
-                yield self._entry(image.get("file_name"), captions.get(image.get("id")), image)
+                yield self._entry(image.get("file_name"), captions.get(repr(image.get("id"))), image)
             else:
                 yield image
 
@@ -149,8 +149,9 @@ class DocumentReader:
             name, folder = image.get("filename"), image.get("filepath")
             path = f"{folder}/{name}" if isinstance(folder, str) and isinstance(name, str) else name
             sentences = image.get("sentences")
-            captions = [each.get("raw") if isinstance(each, dict) else each for each in sentences or []]
-            yield self._entry(path, captions or None, image)
+            if isinstance(sentences, list):
+                sentences = [each.get("raw") if isinstance(each, dict) else each for each in sentences] or None
+            yield self._entry(path, sentences, image)
 
     def _entry(self, path: Any, captions: Any, values: dict[str, Any]) -> dict[str, Any]:
         names = self.options.requested

@@ -2,12 +2,15 @@
 
 import json
 import tarfile
+from contextlib import suppress
 from pathlib import Path
+from random import Random
 
+import numpy as np
 import pytest
 
 from clip_exp.config.data import DataConfig
-from clip_exp.data.files import ImageLimits
+from clip_exp.data.files import BadImage, ImageLimits
 from clip_exp.data.stream import open_all, open_sources
 from clip_exp.data.tables.open import read_table
 from clip_exp.data.tables.table import PairTable
@@ -167,3 +170,54 @@ def test_validation_reads_several_sources_with_filters(tmp_path: Path) -> None:
     assert val is not None
     assert len(val) == 4
     assert [len(origin) for origin in val.origins] == [2, 2]
+
+
+def test_a_damaged_arrow_file_is_an_error_or_has_fewer_rows(tmp_path: Path) -> None:
+    folder, _ = LAYOUTS["saved_to_disk"](tmp_path / "saved")
+    file = folder / "data-00000-of-00002.arrow"
+    intact, chance = file.read_bytes(), np.random.default_rng(0)
+    for number in range(150):
+        damaged = bytearray(intact[: len(intact) if number % 3 else int(chance.integers(len(intact)))])
+        for place in chance.integers(0, max(1, len(damaged)), 8 if number % 3 else 0):
+            damaged[int(place)] = int(chance.integers(256))
+        file.write_bytes(damaged)
+        try:
+            table = read_table(file, on_bad_row="skip")
+        except (ConfigError, DataError):
+            continue
+        for row in range(len(table)):
+            assert table.caption(row)
+            with suppress(BadImage):
+                table.read_image(row, ImageLimits())
+
+
+def test_a_caption_in_brackets_is_no_list_unless_it_is_written_as_one(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text("filepath,title\n1.jpg,(photo) a dog\n2.jpg,[1] a cat\n")
+    table = read_table(tmp_path / "t.csv", caption_list=True)
+    assert [table.caption(row) for row in range(2)] == ["(photo) a dog", "[1] a cat"]
+
+
+ODD = (None, 7, -0.5, True, "", "x", [], {}, ["x", 7], {"raw": 7}, [["x"]], "\ud800", "a\0b", 10**30)
+
+
+@pytest.mark.parametrize("name", ["coco", "karpathy", "json_array", "captions_by_path", "chinese_clip"])
+def test_odd_values_in_annotations_are_errors_or_bad_rows(name: str, tmp_path: Path) -> None:
+    path, keys = LAYOUTS[name](tmp_path / "data")
+    file = path.with_name("train_texts.jsonl") if name == "chinese_clip" else path
+    lines = file.read_text().splitlines() if name == "chinese_clip" else [file.read_text()]
+    chance = Random(0)
+    for _ in range(120):
+        documents = [json.loads(line) for line in lines]
+        holder = documents[chance.randrange(len(documents))]
+        while True:  # a random place, at any depth
+            place = chance.choice(list(holder) if isinstance(holder, dict) else range(len(holder)))
+            if not isinstance(holder[place], dict | list) or not holder[place] or chance.random() < 0.3:
+                break
+            holder = holder[place]
+        holder[place] = chance.choice(ODD)
+        file.write_text("\n".join(map(json.dumps, documents)))
+        try:
+            table = read_table(path, on_bad_row="skip", **{k: v for k, v in keys.items() if k in ("format", "filter")})
+        except (ConfigError, DataError):
+            continue
+        assert all(table.caption(row) and table.path(row) for row in range(len(table)))
