@@ -123,6 +123,8 @@ def _describe_captions(
             ],
         },
         "empty": counted_fraction(rows["characters"] == 0),
+        "lists": sum(part.list_captions for part in split.parts),
+        "several_lines": sum(part.captions_with_lines for part in split.parts),
         "distinct": len(counts),
         "most_frequent": [
             {"caption": split.caption(int(first[at])), "rows": int(counts[at])} for at in frequent if counts[at] > 1

@@ -103,6 +103,16 @@ def _captions(name: str, split: dict[str, Any], config: CheckDataConfig) -> Iter
         if over:
             fix += ". Above data.max_empty_caption_fraction, training does not start"
         yield Verdict(Level.error if over else Level.warning, name, "empty_captions", text, fix)
+    several = {
+        "lists": ("look like a list of captions, and are read as one text each", "caption_list"),
+        "several_lines": ("have several lines, and are read as one text each", "caption_lines"),
+    }
+    for subject, (how, key) in several.items():
+        if captions[subject] > captions["count"] / 2 and not getattr(config.data, key):
+            text = f"{counted(captions[subject], 'caption')} {how}"
+            yield Verdict(
+                Level.warning, name, f"captions_{subject}", text, f"Read them as several captions: data.{key}=true"
+            )
     if name == TRAIN and pairs >= 1 and config.data.same_caption is PairLabel.negative:
         text = (
             f"{counted(round(pairs), 'pair')} of equal captions expected in a batch of {config.global_batch_size:,}, "

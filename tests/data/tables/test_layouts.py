@@ -221,3 +221,21 @@ def test_odd_values_in_annotations_are_errors_or_bad_rows(name: str, tmp_path: P
         except (ConfigError, DataError):
             continue
         assert all(table.caption(row) and table.path(row) for row in range(len(table)))
+
+
+@pytest.mark.parametrize(
+    "path", ["file://{root}/a%20dog.png", "photos\\\\a dog.png", "photos/a dog.png", "~/a dog.png"]
+)
+def test_paths_of_other_systems_lead_to_the_image(path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "photos").mkdir()
+    for folder in (tmp_path, tmp_path / "photos"):
+        (folder / "a dog.png").write_bytes(content_of(0))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "t.csv").write_text(f"filepath,title\n{path.format(root=tmp_path)},a dog\n")
+    assert read_table(tmp_path / "t.csv").read_image(0, ImageLimits()) == content_of(0)
+
+
+def test_a_backslash_in_a_name_is_no_separator_if_the_file_exists(tmp_path: Path) -> None:
+    (tmp_path / "a\\b.png").write_bytes(content_of(1))
+    (tmp_path / "t.csv").write_text("filepath,title\na\\b.png,a dog\n")
+    assert read_table(tmp_path / "t.csv").read_image(0, ImageLimits()) == content_of(1)
