@@ -129,7 +129,7 @@ class TableImages:
         if self.table.members is None:
             return Stored(self.table.image_path(row))
         offset, size = self.table.members[row].tolist()
-        return Stored(str(self.table.part(row).path), offset, size)
+        return Stored(str(self.table.container(row)), offset, size)
 
     def fingerprint(self) -> str:
         """Return a hash like that of `ImageFiles`; for shards it includes the offsets of the images."""

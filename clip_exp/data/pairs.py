@@ -150,8 +150,8 @@ class Items(Protocol):
     """Images of the validation data."""
 
     @property
-    def origins(self) -> "list[Any]":
-        """The tables or the data set (`Origin`) of the images."""
+    def origins(self) -> Sequence[Origin]:
+        """The tables or the data set of the images."""
         ...
 
     # Names of the classes; empty without labels

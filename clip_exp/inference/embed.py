@@ -255,10 +255,5 @@ def _features(
         captions,
         text.astype(config.dtype),
         (image * text).sum(axis=1) if scored else None,
-        {name: [_value(table, name, row) for row in numbers] for name in config.columns},
+        {name: [table.json_column(name, row) for row in numbers] for name in config.columns},
     )
-
-
-def _value(table: PairTable, name: str, row: int) -> Any:
-    value = table.column(name, row)
-    return value if isinstance(value, str) else value.tolist()

@@ -13,7 +13,7 @@ from clip_exp.config.data import Captions
 from clip_exp.data.files import JPEGS, NOT_ALLOWED, BadImage, ImageLimits, open_image_bytes
 from clip_exp.data.image_sets import TableImages
 from clip_exp.data.tables.features import Shape
-from clip_exp.data.tables.samples import IMAGES
+from clip_exp.data.tables.reader import IMAGES
 from clip_exp.data.tables.table import PairTable
 
 
@@ -92,7 +92,7 @@ class Samples:
             except BadImage as error:
                 yield LeftOut(table.path(row), str(error), table.where(row))
                 continue
-            columns = {name: _value(table, name, row) for name in table.shapes}
+            columns = {name: table.json_column(name, row) for name in table.shapes}
             yield Sample(f"{number:09d}", extension, data, [table.caption(row) for row in rows], columns)
 
     def unreadable(self, left_out: LeftOut) -> str:
@@ -122,8 +122,3 @@ def extension_of(format: str | None) -> str:
     if found is None:
         raise BadImage(f"{NOT_ALLOWED}: {format}, which shards cannot have")
     return found
-
-
-def _value(table: PairTable, name: str, row: int) -> Any:
-    value = table.column(name, row)
-    return value if isinstance(value, str) else value.tolist()

@@ -126,7 +126,7 @@ def summarize_data(datamodule: PairsDataModule, run_dir: Path, steps: int, ranks
     assert datamodule.stream is not None
     origins = {"training": [source.rows.origin for source in datamodule.stream.sources]}
     if datamodule.val is not None:
-        origins["validation"] = datamodule.val.origins
+        origins["validation"] = [*datamodule.val.origins]
     captions = (steps * datamodule.global_batch_size - datamodule.start_sample) // ranks
     summary: dict[str, Any] = {"bad_images": {}, "bad_rows": {}, "empty_captions": {}, "filter_values": {}}
     file = run_dir / "bad_samples.csv"

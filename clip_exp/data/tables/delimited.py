@@ -26,6 +26,7 @@ from clip_exp.config.data import OnBadRow
 from clip_exp.data.tables.columns import string_array, string_buffers
 from clip_exp.data.tables.lines import Lines, Utf8Blocks, count_lines, find_encoding
 from clip_exp.data.tables.reader import (
+    IMAGE_SUFFIXES,
     MAX_CAPTION,
     MAX_COLUMN,
     BadRows,
@@ -39,7 +40,6 @@ from clip_exp.data.tables.reader import (
     text_of,
     unreadable,
 )
-from clip_exp.data.tables.samples import IMAGES
 from clip_exp.errors import ConfigError, DataError
 
 _SAMPLE_LINES = 50
@@ -54,7 +54,6 @@ MAX_FIELD = (
 # Layouts: the separator, whether there is a header, and the positions of the columns.
 
 SEPARATORS = {"\t": "TAB", ",": "comma", ";": "semicolon", "|": "bar"}
-_IMAGE_SUFFIXES = tuple(f".{extension}" for extension in IMAGES)
 _NUMBERED = re.compile(r"\.\w+#\d+$")  # end of an image name in the token files of Flickr8k and Flickr30k
 _LONG, _BASE64 = 200, re.compile(r"[A-Za-z0-9+/_=-]+")
 
@@ -188,7 +187,7 @@ def _without_header(separator: str, records: list[list[str]], options: TableOpti
 
 
 def _is_image(field: str) -> bool:
-    return field.strip().lower().endswith(_IMAGE_SUFFIXES)
+    return field.strip().lower().endswith(IMAGE_SUFFIXES)
 
 
 def _refuse_data(path: Path, records: list[list[str]], separator: str, options: TableOptions) -> None:

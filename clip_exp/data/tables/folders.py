@@ -6,11 +6,21 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from clip_exp.config.data import Format, OnBadRow
-from clip_exp.data.tables.reader import BadRows, BadValue, RowBlock, TableOptions, files_in, folders_in, is_caption
+from clip_exp.data.tables.reader import (
+    IMAGE_SUFFIXES,
+    IMAGES,
+    BadRows,
+    BadValue,
+    RowBlock,
+    TableOptions,
+    files_in,
+    folders_in,
+    is_caption,
+)
 from clip_exp.data.tables.records import Records
-from clip_exp.data.tables.samples import IMAGES, SampleReader
+from clip_exp.data.tables.samples import SampleReader
 from clip_exp.data.tables.tar import Member
-from clip_exp.errors import ConfigError
+from clip_exp.errors import DataError
 
 
 class FolderReader:
@@ -63,13 +73,13 @@ class FolderReader:
                 if self._records.is_full:
                     yield self._records.block()
         if not number:
-            raise ConfigError(
+            raise DataError(
                 f"{self.path} has no images: a folder must have images with a .txt or .json of the same name."
             )
         if len(self._records):
             yield self._records.block()
         if problem := self._records.unknown_column():
-            raise ConfigError(f"{self.path} {problem}")
+            raise DataError(f"{self.path} {problem}")
 
     def _of_class(self, name: str) -> dict[str, object]:
         folder = os.path.basename(os.path.dirname(name)).replace("_", " ")
@@ -78,7 +88,7 @@ class FolderReader:
         values: dict[str, object] = {self.options.image_key: name, "class": folder}
         for setting, column in self.options.requested.items():
             if is_caption(setting):
-                values[column] = [template.format(folder) for template in self.options.templates or ("{}",)]
+                values[column] = [template.replace("{}", folder) for template in self.options.templates or ("{}",)]
             elif setting == "label_key":
                 values[column] = folder
         return values
@@ -101,7 +111,7 @@ def _member(path: str) -> Member:
 
 def has_images(folder: Path) -> bool:
     """Return True if a folder or one of its subfolders has an image."""
-    return any(path.lower().endswith(_SUFFIXES) for path in files_in(str(folder)))
+    return any(path.lower().endswith(IMAGE_SUFFIXES) for path in files_in(str(folder)))
 
 
 def has_class_folders(folder: Path) -> bool:
@@ -115,6 +125,3 @@ def has_class_folders(folder: Path) -> bool:
             return False
         found = True
     return found
-
-
-_SUFFIXES = tuple(f".{extension}" for extension in IMAGES)

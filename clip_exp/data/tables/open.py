@@ -8,9 +8,11 @@ import re
 import tempfile
 import uuid
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote, urlsplit
 
 from braceexpand import braceexpand
 
@@ -59,6 +61,10 @@ def open_table(
         )
     # Absolute, so that a process that changes its working directory reads the same images.
     roots = [(Path(image_root) if image_root is not None else _root_of(file)).absolute() for file in files]
+    if not any(
+        file.is_dir() for file in files
+    ):  # the templates of the classes must not change the index of other tables
+        options = replace(options, templates=())
     source = TableSource(files, roots, options)
     rows, read = _in_memory(source) if index_dir is None else _in_index(source, index_dir)
     parts: list[Part] = []
@@ -149,9 +155,15 @@ def open_configured(
 def _in_memory(source: TableSource) -> tuple[StoredRows, list[ScannedFile]]:
     store = ImageStore(Path(tempfile.gettempdir()) / f"clip_exp-images-{os.getpid()}-{uuid.uuid4().hex}")
     atexit.register(store.path.unlink, missing_ok=True)
-    with progress_of(source.files) as advance, store:
-        scan = Scan(source.files, source.options, advance, store.add)
-        blocks = list(scan.blocks())
+    try:
+        with progress_of(source.files) as advance, store:
+            scan = Scan(source.files, source.options, advance, store.add)
+            blocks = list(scan.blocks())
+    except OSError as error:
+        raise CheckpointError(
+            f"The images of {source.files[0]} cannot be copied to {store.path.parent}: {error.strerror or error}. Free space there, or set "
+            "TMPDIR to another folder."
+        ) from error
     images = store.path if store.path.exists() else None
     return RowsInMemory(blocks, [file.rows for file in scan.read], source.roots, images), scan.read
 
@@ -217,7 +229,7 @@ def expand(tables: str | Path | Sequence[str | Path], layout: Format = Format.au
 
 
 def _braces(entry: str) -> list[str]:
-    entry = entry.removeprefix("file://")
+    entry = unquote(urlsplit(entry).path) if entry.startswith("file://") else entry
     if "://" in entry:
         raise ConfigError(f"{entry} is a URL: download it first, because tables are read from files.")
     path = os.path.expanduser(entry)

@@ -123,8 +123,9 @@ _IMAGE_COLUMNS, _CAPTION_COLUMNS = ("file_name", "image", "jpg"), ("caption", "t
 
 
 def conventional(requested: Mapping[str, str], names: Collection[str]) -> dict[str, str]:
-    """Return the requested columns of a table; if it has not the image column that is the default, but one that other tools write, then
-    that, and likewise its caption column.
+    """Return the requested columns, with those that `datasets` or img2dataset write instead of default columns that are missing.
+
+    The caption column is replaced only if the image column is.
     """
     found = dict(requested)
     image = next((name for name in _IMAGE_COLUMNS if name in names), None)
@@ -152,7 +153,7 @@ class FileSignature(NamedTuple):
 
     @classmethod
     def of(cls, file: Path, files: int = 1) -> "FileSignature":
-        """Compute the signature of a file, or of a folder: the names of its files, and sizes and times of those that are texts.
+        """Compute the signature of a file, or of a folder: the names of its files, and sizes and times of those that are no images.
 
         Args:
             files: number of files of the table; with many files, each is sampled less.
@@ -178,7 +179,7 @@ class FileSignature(NamedTuple):
         digest, size = hashlib.sha256(), 0
         for path in files_in(str(folder)):
             digest.update(os.fsencode(os.path.relpath(path, folder)) + b"\0")
-            if path.endswith(SIDECARS):
+            if not path.lower().endswith(IMAGE_SUFFIXES):
                 status = os.stat(path)
                 size += status.st_size
                 digest.update(f"{status.st_size} {status.st_mtime_ns}".encode())
@@ -196,7 +197,9 @@ class FileSignature(NamedTuple):
             raise unreadable(file, error) from error
 
 
-SIDECARS = (".txt", ".json")  # files next to an image of the same name that have its caption
+# Extensions of images. The first one in a sample is used, as in open_clip.
+IMAGES = ("jpg", "png", "jpeg", "webp", "gif", "bmp", "tif", "tiff", "avif", "heic", "heif")
+IMAGE_SUFFIXES = tuple(f".{extension}" for extension in IMAGES)
 
 
 def files_in(top: str) -> Iterator[str]:

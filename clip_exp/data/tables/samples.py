@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from clip_exp.data.tables.reader import (
+    IMAGES,
     BadValue,
     TableOptions,
     absent,
@@ -29,8 +30,6 @@ from clip_exp.data.tables.reader import (
 from clip_exp.data.tables.records import parse_object
 from clip_exp.data.tables.tar import Member
 
-# The first one in a sample is used, as in open_clip.
-IMAGES = ("jpg", "png", "jpeg", "webp", "gif", "bmp", "tif", "tiff", "avif", "heic", "heif")
 _MAX_JSON = 1 << 20  # bytes
 _MAX_ARRAY = 16 << 20  # bytes
 

@@ -27,6 +27,7 @@ from clip_exp.data.files import (
     TOO_MANY_BYTES,
     ImageLimits,
     kind_of,
+    local_path,
     normal_path,
     read_from_root,
     read_member,
@@ -232,7 +233,8 @@ class PairTable:
 
     def image_path(self, row: int) -> str:
         """Return the image path on disk, relative to the image root if necessary; in a shard, `<shard>/<member>`."""
-        return str((self.part(row).root if self.members is None else self.part(row).path) / self.path(row))
+        part, path = self.part(row), self.path(row)
+        return str(part.root / local_path(part.root, path) if self.members is None else part.path / path)
 
     def read_image(self, row: int, limits: ImageLimits) -> bytearray:
         """Read the bytes of an image.
@@ -268,6 +270,11 @@ class PairTable:
         numbers = parse_numbers(text)
         assert numbers is not None  # see `shapes`
         return numbers
+
+    def json_column(self, name: str, row: int) -> Any:
+        """Return the value of a further column as a JSON value."""
+        value = self.column(name, row)
+        return value if isinstance(value, str) else value.tolist()
 
     def where(self, row: int) -> str:
         """Return the file and line of a row, for messages."""

@@ -2,6 +2,7 @@
 
 import json
 import tarfile
+import tempfile
 from contextlib import suppress
 from pathlib import Path
 from random import Random
@@ -11,10 +12,11 @@ import pytest
 
 from clip_exp.config.data import DataConfig
 from clip_exp.data.files import BadImage, ImageLimits
+from clip_exp.data.image_sets import TableImages
 from clip_exp.data.stream import open_all, open_sources
 from clip_exp.data.tables.open import read_table
 from clip_exp.data.tables.table import PairTable
-from clip_exp.errors import ConfigError, DataError
+from clip_exp.errors import CheckpointError, ConfigError, DataError
 from tests.data.layouts import IMAGES, LAYOUTS, captions_of, content_of, write_images
 
 
@@ -45,6 +47,11 @@ def test_every_layout_gives_the_same_pairs(name: str, indexed: bool, tmp_path: P
     table = open_layout(name, tmp_path, index_dir)
     expected = [(content_of(number), captions_of(number)) for number in range(IMAGES)]
     assert contents(table) == expected
+    rows = [int(table.rows_of(image)[0]) for image in range(table.images)]
+    images = TableImages(table, rows)  # type: ignore[arg-type]
+    places = [images.stored(index) for index in range(IMAGES)]
+    read = [Path(place.file).read_bytes()[place.offset :][: place.size] for place in places]
+    assert read == [content for content, _ in expected], "signatures of images are taken there"
 
 
 def test_class_folders_give_the_templates_as_captions_and_the_classes_as_labels(tmp_path: Path) -> None:
@@ -232,10 +239,29 @@ def test_paths_of_other_systems_lead_to_the_image(path: str, tmp_path: Path, mon
         (folder / "a dog.png").write_bytes(content_of(0))
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "t.csv").write_text(f"filepath,title\n{path.format(root=tmp_path)},a dog\n")
-    assert read_table(tmp_path / "t.csv").read_image(0, ImageLimits()) == content_of(0)
+    table = read_table(tmp_path / "t.csv")
+    assert table.read_image(0, ImageLimits()) == content_of(0)
+    assert Path(table.image_path(0)).is_file()
 
 
 def test_a_backslash_in_a_name_is_no_separator_if_the_file_exists(tmp_path: Path) -> None:
     (tmp_path / "a\\b.png").write_bytes(content_of(1))
     (tmp_path / "t.csv").write_text("filepath,title\na\\b.png,a dog\n")
     assert read_table(tmp_path / "t.csv").read_image(0, ImageLimits()) == content_of(1)
+
+
+def test_templates_of_classes_do_not_change_the_index_of_a_table(tmp_path: Path) -> None:
+    path, _ = LAYOUTS["csv"](tmp_path / "data")
+    for template in ("a {}", "the {}"):
+        config = DataConfig.model_validate({"name": "test", "train": str(path), "templates": [template]})
+        open_sources(config, tmp_path / "index")
+    assert len(list((tmp_path / "index").glob("pairs-*"))) == 1
+
+
+def test_images_that_do_not_fit_in_the_temporary_folder_are_one_message(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, _ = LAYOUTS["parquet"](tmp_path / "data")
+    monkeypatch.setattr(tempfile, "gettempdir", lambda: str(tmp_path / "missing"))
+    with pytest.raises(CheckpointError, match=r"cannot be copied to .*missing.*TMPDIR"):
+        read_table(folder)
